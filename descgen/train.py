@@ -17,8 +17,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .data import find_data, write_text, sha256_file
-from .formatting import IGNORE
-from .model import choose_model, choose_4bit, has_cuda
+from . import __version__
+from .formatting import IGNORE, INSTRUCTION
+from .model import EMBEDDED, LLAMA, choose_model, choose_4bit, has_cuda
 
 # %% ../nbs/03_train.ipynb #c005
 Share = Annotated[float, Field(ge=0, le=0.5)]
@@ -290,6 +291,17 @@ def claim_output(
     return found[-1] if going_on else None
 
 # %% ../nbs/03_train.ipynb #c046
+_LICENCES = {LLAMA: "llama3.2", EMBEDDED: "apache-2.0"}
+
+def _card(model_id):
+    "A model card: what the adapter is, what it stands on, under which licence"
+    licence = f"license: {_LICENCES[model_id]}\n" if model_id in _LICENCES else ""
+    named = f"`{model_id}`, whose licence holds for the adapter too" + (f" ({_LICENCES[model_id]})" if licence else "")
+    return (f"---\nlibrary_name: peft\npipeline_tag: text-generation\n{licence}---\n\n# Product descriptions from titles\n\nA LoRA adapter for {named}, "
+            f"trained with descgen {__version__} to answer `{INSTRUCTION}` and a title with the product's description.\n\n"
+            "```python\nfrom descgen.inference import load_adapter, describe\nmodel, tokenizer = load_adapter('this folder')\n"
+            "print(describe(model, tokenizer, ['Girls Ballet Tutu Neon Pink'])[0])\n```\n")
+
 def _swap_folder(new, final):
     "Put a finished folder in the place of another; at every moment one of the two is whole, as `final` or as `final.old`"
     old = final.with_name(final.name + ".old")
@@ -303,31 +315,36 @@ def save_adapter(
     model, # with its adapter
     tokenizer, # of the model
     folder:str|Path, # where the adapter shall be
+    model_id:str, # the name of its base, from which `load_adapter` finds it again
 )->Path: # the same folder
-    "Save adapter, tokenizer and chat template, whole or not at all"
+    "Save adapter, tokenizer, chat template and model card, whole or not at all"
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        config = json.loads((aside/"adapter_config.json").read_text(encoding="utf-8"))
+        write_text(aside/"adapter_config.json", json.dumps({**config, "base_model_name_or_path": model_id}, indent=2) + "\n")
+        write_text(aside/"README.md", _card(model_id))
         for path in aside.iterdir():
             with open(path, "rb") as f: os.fsync(f.fileno())
         _swap_folder(aside, folder)
     finally: shutil.rmtree(aside, ignore_errors=True)
     return folder
 
-# %% ../nbs/03_train.ipynb #c051
+# %% ../nbs/03_train.ipynb #c052
 def _callbacks(model, examples, pad_id, recipe, tokens_per_step):
     "Progress for whoever is watching, and the test loss"
     from tqdm import tqdm
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
-        "Loss, tokens a second and time left, renewed at most every two seconds"
+        "Loss, tokens a second and time left, renewed at most every two seconds and a hundred times"
         def on_train_begin(self, args, state, control, **kw):
             self.first, self.start = state.global_step, time.time()
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training", mininterval=2, file=sys.stdout)
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training", mininterval=2,
+                miniters=max(1, state.max_steps//100), file=sys.stdout)
         def on_log(self, args, state, control, logs=None, **kw):
             if "loss" not in (logs or {}): return
             done, seconds = state.global_step - self.first, time.time() - self.start
@@ -343,7 +360,7 @@ def _callbacks(model, examples, pad_id, recipe, tokens_per_step):
 
     return [Progress(), TestLoss()]
 
-# %% ../nbs/03_train.ipynb #c052
+# %% ../nbs/03_train.ipynb #c053
 def training_arguments(
     recipe:Recipe, # settled
 ): # TRL's `SFTConfig`
@@ -379,7 +396,7 @@ def train(
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     return trainer.state.log_history
 
-# %% ../nbs/03_train.ipynb #c061
+# %% ../nbs/03_train.ipynb #c062
 def plot_losses(
     history:list[dict], # from `train`
     before:float|None=None, # the test loss before training
