@@ -99,7 +99,7 @@ def load_model(
             f"{str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
     return model, tell_pad_from_end(tokenizer, template_parts(tokenizer))
 
-# %% ../nbs/02_model.ipynb #c021
+# %% ../nbs/02_model.ipynb #c022
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 def add_lora(
@@ -116,7 +116,7 @@ def add_lora(
     return FastLanguageModel.get_peft_model(model, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias="none",
         target_modules=target_modules, random_state=seed, use_gradient_checkpointing="unsloth" if gradient_checkpointing else False)
 
-# %% ../nbs/02_model.ipynb #c027
+# %% ../nbs/02_model.ipynb #c028
 def tiny_model(
     folder:str|Path, # where to write it
     seed:int=0, # of its random weights

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Share', 'Count', 'Recipe', 'read_defaults', 'check_recipe', 'read_recipe', 'resolve', 'collate', 'completion_loss',
-           'count_steps', 'probe_speed', 'plan', 'read_record', 'write_record', 'claim_output', 'save_adapter',
-           'training_arguments', 'train', 'plot_losses']
+           'count_steps', 'peak_memory', 'probe_speed', 'plan', 'read_record', 'write_record', 'claim_output',
+           'save_adapter', 'training_arguments', 'train', 'plot_losses']
 
 # %% ../nbs/03_train.ipynb #c003
 import ast, difflib, json, math, os, re, shutil, sys, time
@@ -111,6 +111,7 @@ def read_recipe(
 # %% ../nbs/03_train.ipynb #c020
 def _choose_precision(bf16, fp16):
     "16-bit compute that this machine has: (bf16, fp16)"
+    if fp16 and not has_cuda(): raise ValueError("fp16=True needs a CUDA device: processors train in bf16 or in 32 bits. Use fp16=False.")
     if has_cuda():
         import torch
         native = torch.cuda.get_device_capability()[0] >= 8 # Ampere and later; a T4 only emulates it
@@ -118,7 +119,6 @@ def _choose_precision(bf16, fp16):
         import unsloth
         from unsloth_zoo.cpu import cpu_bf16_supported
         native = cpu_bf16_supported()
-    if fp16 and not has_cuda(): raise ValueError("fp16=True needs a CUDA device: processors train in bf16 or in 32 bits. Use fp16=False.")
     if bf16 is True and not native: raise ValueError("bf16=True: this machine does not compute in bf16. Use bf16='auto'.")
     if bf16 != "auto": return bf16, fp16
     return native and not fp16, fp16 or (has_cuda() and not native)
@@ -136,9 +136,10 @@ def resolve(
     recipe:Recipe, # as given, with its "auto"s
 )->Recipe: # the same with every "auto" settled for this machine
     "Settle what the machine decides; ValueError where it cannot do what was asked, FileNotFoundError where there is no data"
+    found, optim = str(find_data(recipe.data_path)), _choose_optim(recipe.optim)
     bf16, fp16 = _choose_precision(recipe.bf16, recipe.fp16)
-    return recipe.model_copy(update={"data_path": str(find_data(recipe.data_path)), "model_id": choose_model(recipe.model_id),
-        "load_in_4bit": choose_4bit(recipe.load_in_4bit), "optim": _choose_optim(recipe.optim), "bf16": bf16, "fp16": fp16})
+    return recipe.model_copy(update={"data_path": found, "model_id": choose_model(recipe.model_id),
+        "load_in_4bit": choose_4bit(recipe.load_in_4bit), "optim": optim, "bf16": bf16, "fp16": fp16})
 
 # %% ../nbs/03_train.ipynb #c024
 def _lengths(positions):
@@ -208,6 +209,12 @@ def _bytes_needed(model, recipe):
     kept = (8*c.hidden_size + 3*c.intermediate_size)*c.num_hidden_layers if not recipe.gradient_checkpointing else c.hidden_size*c.num_hidden_layers
     return total*(0.6 if recipe.load_in_4bit else 2) + 16*trainable + 2*tokens*kept + 4*min(tokens*c.vocab_size, 1 << 26)
 
+def peak_memory()->float: # GB
+    "The most memory that this process has had so far, on the CUDA device if there is one"
+    import resource, torch
+    if has_cuda(): return torch.cuda.max_memory_allocated()/1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)/1e9
+
 def probe_speed(
     model, # with its adapter
     pack:dict, # a typical one
@@ -245,7 +252,8 @@ def plan(
             "memory in GB (estimate)": round(_bytes_needed(model, recipe)/1e9, 1)}
 
 # %% ../nbs/03_train.ipynb #c042
-_BESIDES = {"output_dir", "overwrite", "n_titles", "title", "max_new_tokens", "temperature", "top_p", "data_path"} # what changes no weight
+_BESIDES = {"output_dir", "overwrite", "data_path", "strict", "logging_steps", "eval_steps", "save_steps",
+            "n_titles", "title", "max_new_tokens", "temperature", "top_p"} # what changes no weight
 
 def _what_decides(recipe, data_sha256):
     "All that decides which adapter comes out"
@@ -333,7 +341,7 @@ def save_adapter(
     finally: shutil.rmtree(aside, ignore_errors=True)
     return folder
 
-# %% ../nbs/03_train.ipynb #c052
+# %% ../nbs/03_train.ipynb #c054
 def _callbacks(model, examples, pad_id, recipe, tokens_per_step):
     "Progress for whoever is watching, and the test loss"
     from tqdm import tqdm
@@ -360,7 +368,7 @@ def _callbacks(model, examples, pad_id, recipe, tokens_per_step):
 
     return [Progress(), TestLoss()]
 
-# %% ../nbs/03_train.ipynb #c053
+# %% ../nbs/03_train.ipynb #c055
 def training_arguments(
     recipe:Recipe, # settled
 ): # TRL's `SFTConfig`
@@ -396,7 +404,7 @@ def train(
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     return trainer.state.log_history
 
-# %% ../nbs/03_train.ipynb #c062
+# %% ../nbs/03_train.ipynb #c064
 def plot_losses(
     history:list[dict], # from `train`
     before:float|None=None, # the test loss before training

@@ -1,0 +1,17 @@
+"Fails unless a finished run's notebook holds no error, its adapter loads and describes, and its test loss fell."
+import sys
+from pathlib import Path
+
+import nbformat
+from descgen.inference import describe, load_adapter
+from descgen.train import read_record
+
+folder = Path(sys.argv[1])
+outputs = [o for c in nbformat.read(folder/"notebook.ipynb", 4).cells for o in c.get("outputs", [])]
+assert outputs and not [o for o in outputs if o.output_type == "error"], "the executed notebook holds an error"
+record = read_record(folder)
+loss = record["test_loss"]
+assert record["state"] == "finished" and loss["after"] < loss["before"], f"the test loss did not fall: {loss}"
+model, tokenizer = load_adapter(folder/"adapter")
+assert describe(model, tokenizer, ["Tin Whistle in D (Brass)"], sample=False, max_new_tokens=32)[0], "the adapter says nothing"
+print(f"test loss {loss['before']:.3f} before, {loss['after']:.3f} after; adapter sha256 {record['adapter_sha256']}")

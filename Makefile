@@ -1,0 +1,50 @@
+# Two commands for a newcomer, `make run` and `make test`; the others are for those who stay.
+PYTHON ?= python3
+VENV   := .venv
+READY  := $(VENV)/.ready
+ENTER  := . $(VENV)/bin/activate &&
+CUDA   := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+LOCKS  := requirements.lock $(if $(CUDA),requirements-gpu.lock)
+
+# Where there is no GPU, the recipe for a CPU; more parameters with ARGS="-p max_steps 20".
+RECIPE := $(if $(CUDA),,-f recipes/cpu.yaml)
+RUN    := $(if $(CUDA),outputs/llama-3.2-1b-lora,outputs/cpu)
+ARGS   ?=
+
+.PHONY: run test sync lab readme
+
+run: $(READY)
+	@mkdir -p $(RUN)
+	@$(ENTER) papermill fine_tune_llama3.ipynb $(RUN)/notebook.ipynb $(RECIPE) $(ARGS) --log-output --no-progress-bar
+	@$(ENTER) jupyter nbconvert --log-level ERROR --to html $(RUN)/notebook.ipynb --output report.html
+	@printf '\nexecuted notebook  %s\nadapter            %s\nreport             %s\n' $(RUN)/notebook.ipynb $(RUN)/adapter $(RUN)/report.html
+
+test: $(READY)
+	@$(ENTER) nbdev_test --timing
+	@$(MAKE) --no-print-directory sync
+
+# Exporting, cleaning and rendering again must change nothing.
+sync: $(READY)
+	@before=$$(cat descgen/*.py nbs/*.ipynb *.ipynb README.md | sha256sum); \
+	$(ENTER) nbdev_export && nbdev_clean && nbdev_clean --fname fine_tune_llama3.ipynb && $(MAKE) --no-print-directory readme && \
+	after=$$(cat descgen/*.py nbs/*.ipynb *.ipynb README.md | sha256sum); \
+	[ "$$before" = "$$after" ] && echo "In sync: notebooks, module and README." || \
+	{ echo "Not in sync: exporting, cleaning and rendering changed files. Look at git diff and commit what they wrote."; exit 1; }
+
+readme: $(READY)
+	@$(ENTER) jupyter nbconvert --log-level ERROR --to markdown nbs/index.ipynb --output-dir . --output README.md \
+	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=hide
+
+lab: $(READY)
+	$(ENTER) jupyter lab fine_tune_llama3.ipynb
+
+# torch comes first and with what it needs; a torch that pip finds on the disk or in its cache is not fetched again.
+$(READY): requirements.lock requirements-gpu.lock settings.ini setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"descgen needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
+	@echo "Setting up $(VENV) (once, a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(ENTER) pip install -q --disable-pip-version-check $$(grep '^torch==' requirements.lock)
+	@$(ENTER) pip install -q --disable-pip-version-check --no-deps $(addprefix -r ,$(LOCKS))
+	@$(ENTER) pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(ENTER) python -c "from descgen.model import embedded_model; embedded_model()"
+	@touch $@
