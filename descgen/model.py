@@ -7,8 +7,10 @@ __all__ = ['EMBEDDED', 'LLAMA', 'TARGETS', 'embedded_gguf', 'embedded_model', 'h
            'load_model', 'add_lora', 'tiny_model']
 
 # %% ../nbs/02_model.ipynb #c003
-import importlib.util, logging, os, shutil, tempfile
+import importlib.util, logging, os, shutil, socket, tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from .data import sha256_file
 from .formatting import template_parts, tell_pad_from_end
@@ -83,6 +85,16 @@ def choose_4bit(
     return load_in_4bit
 
 # %% ../nbs/02_model.ipynb #c013
+def _hub_answers():
+    "Whether the model hub can be reached: known in seconds, where its client goes on trying for minutes"
+    from huggingface_hub import constants
+    if constants.HF_HUB_OFFLINE: return False
+    if getproxies(): return True # a proxy is asked in another way
+    hub = urlsplit(constants.ENDPOINT)
+    try: socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
+    except OSError: return False
+    return True
+
 def load_model(
     model_id:str, # from `choose_model`
     max_seq_length:int=2048, # the longest sequence the model will be given, in tokens
@@ -91,8 +103,9 @@ def load_model(
     "A base model and its tokenizer through Unsloth; OSError says what to do where it cannot be had"
     from unsloth import FastLanguageModel
     source = str(embedded_model()) if model_id == EMBEDDED else model_id
+    from_disk = {} if Path(source).is_dir() or _hub_answers() else {"local_files_only": True} # the hub's cache, or nothing
     try: model, tokenizer = FastLanguageModel.from_pretrained(source, max_seq_length=max_seq_length, dtype=None,
-            load_in_4bit=load_in_4bit, token=os.environ.get("HF_TOKEN"))
+            load_in_4bit=load_in_4bit, token=os.environ.get("HF_TOKEN"), **from_disk)
     except (OSError, RuntimeError) as e: # no network, no such model, a gated one without a token, a damaged folder
         raise OSError(f"model_id={model_id!r} could not be loaded. A hub model needs a network and, if it is gated, HF_TOKEN in the "
             f"environment; a folder needs config.json and safetensors; model_id='{EMBEDDED}' needs neither. The reason given: "
