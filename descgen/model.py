@@ -102,11 +102,13 @@ def load_model(
 ): # the model, ready for LoRA, and its tokenizer, whose end is the end of a turn and whose padding is another token
     "A base model and its tokenizer through Unsloth; OSError says what to do where it cannot be had"
     from unsloth import FastLanguageModel
+    from huggingface_hub import snapshot_download
     source = str(embedded_model()) if model_id == EMBEDDED else model_id
-    from_disk = {} if Path(source).is_dir() or _hub_answers() else {"local_files_only": True} # the hub's cache, or nothing
-    try: model, tokenizer = FastLanguageModel.from_pretrained(source, max_seq_length=max_seq_length, dtype=None,
-            load_in_4bit=load_in_4bit, token=os.environ.get("HF_TOKEN"), **from_disk)
-    except (OSError, RuntimeError) as e: # no network, no such model, a gated one without a token, a damaged folder
+    try:
+        if not Path(source).is_dir() and not _hub_answers(): source = snapshot_download(source, local_files_only=True) # its cache, or nothing
+        model, tokenizer = FastLanguageModel.from_pretrained(source, max_seq_length=max_seq_length, dtype=None,
+            load_in_4bit=load_in_4bit, token=os.environ.get("HF_TOKEN"))
+    except (OSError, RuntimeError, ValueError) as e: # no network, no such model, a gated one without a token, a damaged folder
         raise OSError(f"model_id={model_id!r} could not be loaded. A hub model needs a network and, if it is gated, HF_TOKEN in the "
             f"environment; a folder needs config.json and safetensors; model_id='{EMBEDDED}' needs neither. The reason given: "
             f"{str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
