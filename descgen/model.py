@@ -104,14 +104,15 @@ def load_model(
     from unsloth import FastLanguageModel
     from huggingface_hub import snapshot_download
     source = str(embedded_model()) if model_id == EMBEDDED else model_id
+    offline = not Path(source).is_dir() and not _hub_answers()
     try:
-        if not Path(source).is_dir() and not _hub_answers(): source = snapshot_download(source, local_files_only=True) # its cache, or nothing
+        if offline: source = snapshot_download(source, local_files_only=True) # its cache, or nothing
         model, tokenizer = FastLanguageModel.from_pretrained(source, max_seq_length=max_seq_length, dtype=None,
             load_in_4bit=load_in_4bit, token=os.environ.get("HF_TOKEN"))
     except (OSError, RuntimeError, ValueError) as e: # no network, no such model, a gated one without a token, a damaged folder
-        raise OSError(f"model_id={model_id!r} could not be loaded. A hub model needs a network and, if it is gated, HF_TOKEN in the "
-            f"environment; a folder needs config.json and safetensors; model_id='{EMBEDDED}' needs neither. The reason given: "
-            f"{str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+        why = "the hub cannot be reached and its cache on this machine does not hold the model" if offline else str(e).strip().split("\n")[0]
+        raise OSError(f"model_id={model_id!r} could not be loaded: {why}. A hub model needs a network and, if it is gated, HF_TOKEN in "
+            f"the environment; a folder needs config.json and safetensors; model_id='{EMBEDDED}' needs neither.") from e
     return model, tell_pad_from_end(tokenizer, template_parts(tokenizer))
 
 # %% ../nbs/02_model.ipynb #c022

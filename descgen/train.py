@@ -175,7 +175,7 @@ def completion_loss(
     examples:list[dict], # from `encode_rows` with `loss_on="completion"`
     pad_id:int, # the tokenizer's padding
     recipe:Recipe, # its precision
-    batch_size:int=8, # examples at once; changes the time, not the result
+    batch_size:int=4, # examples at once; changes time and memory, not the result
 )->float|None: # nats a token; None without examples
     "Mean loss over the completion tokens"
     import torch
@@ -203,11 +203,13 @@ def count_steps(
     return steps, steps/per_epoch
 
 def _bytes_needed(model, recipe):
-    "Weights, adapter with gradient and two moments, and one batch's activations: a rough count from the model's shape"
+    "What is in use now, and what training adds by the model's shape: gradients and moments, activations, the loss"
+    import psutil, torch
     c, tokens = model.config, recipe.per_device_train_batch_size*recipe.max_length
-    trainable, total = model.get_nb_trainable_parameters()
-    kept = (8*c.hidden_size + 3*c.intermediate_size)*c.num_hidden_layers if not recipe.gradient_checkpointing else c.hidden_size*c.num_hidden_layers
-    return total*(0.6 if recipe.load_in_4bit else 2) + 16*trainable + 2*tokens*kept + 4*min(tokens*c.vocab_size, 1 << 26)
+    now = torch.cuda.memory_allocated() if has_cuda() else psutil.Process().memory_info().rss
+    a_layer = 8*c.hidden_size + 3*c.intermediate_size # values that one layer keeps for the backward pass
+    kept = c.hidden_size*c.num_hidden_layers + a_layer if recipe.gradient_checkpointing else a_layer*c.num_hidden_layers
+    return now + 12*model.get_nb_trainable_parameters()[0] + 2*tokens*kept + 4*min(tokens*c.vocab_size, 1 << 26)
 
 def peak_memory()->float: # GB
     "The most memory that this process has had so far, on the CUDA device if there is one"
@@ -260,9 +262,11 @@ def _what_decides(recipe, data_sha256):
     packages = ("torch", "transformers", "trl", "peft", "unsloth")
     return {**recipe.model_dump(exclude=_BESIDES), "data_sha256": data_sha256, **{f"version of {p}": version(p) for p in packages}}
 
+def _step(checkpoint): return int(checkpoint.name.split("-")[1])
+
 def _checkpoints(folder):
     "Checkpoint folders, oldest first"
-    return sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    return sorted(Path(folder).glob("checkpoint-*"), key=_step)
 
 def read_record(
     output_dir:str|Path, # a run's folder
@@ -380,6 +384,13 @@ def training_arguments(
     return SFTConfig(**recipe.model_dump(include=set(same)), max_length=recipe.max_length, save_total_limit=2, report_to="none", disable_tqdm=True,
         remove_unused_columns=False, gradient_checkpointing=recipe.gradient_checkpointing, dataset_kwargs={"skip_prepare_dataset": True})
 
+def _restore(model, checkpoint):
+    "Adapter and log of a checkpoint after which no step is left (the trainer would make one more)"
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+    set_peft_model_state_dict(model, load_file(checkpoint/"adapter_model.safetensors"))
+    return json.loads((checkpoint/"trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
 def train(
     model, # with its adapter
     tokenizer, # of the model
@@ -394,13 +405,16 @@ def train(
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import SFTTrainer
+    if resume_from: print(f"Going on from {resume_from.name}")
+    steps, epochs = count_steps(recipe, len(packs))
+    if resume_from and _step(resume_from) >= steps: return _restore(model, resume_from)
     FastLanguageModel.for_training(model)
-    tokens_per_step = sum(len(p["input_ids"]) for p in packs)*count_steps(recipe, len(packs))[1]/count_steps(recipe, len(packs))[0]
+    tokens_per_step = sum(len(p["input_ids"]) for p in packs)*epochs/steps
     trainer = SFTTrainer(model=model, args=training_arguments(recipe), train_dataset=Dataset.from_list(packs), processing_class=tokenizer,
         data_collator=lambda packs: collate(packs, tokenizer.pad_token_id, flat=has_cuda()),
         callbacks=[*_callbacks(model, test_examples, tokenizer.pad_token_id, recipe, tokens_per_step), *callbacks])
     trainer.remove_callback(PrinterCallback)
-    if resume_from: print(f"Going on from {resume_from.name}")
+    trainer.create_model_card = lambda *args, **kw: None # the adapter gets a card of its own
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     return trainer.state.log_history
 
