@@ -32,8 +32,7 @@ sync: $(READY)
 	{ echo "Not in sync: exporting, cleaning and rendering changed files. Look at git diff and commit what they wrote."; exit 1; }
 
 readme: $(READY)
-	@$(ENTER) jupyter nbconvert --log-level ERROR --to markdown nbs/index.ipynb --output-dir . --output README.md \
-	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=hide
+	@$(ENTER) jupyter nbconvert --log-level ERROR --no-input --to markdown nbs/index.ipynb --output-dir . --output README.md
 
 lab: $(READY)
 	$(ENTER) jupyter lab fine_tune_llama3.ipynb
