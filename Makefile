@@ -6,16 +6,19 @@ ENTER  := . $(VENV)/bin/activate &&
 CUDA   := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 LOCKS  := requirements.lock $(if $(CUDA),requirements-gpu.lock)
 
-# Where there is no GPU, the recipe for a CPU; more parameters with ARGS="-p max_steps 20".
+# Where there is no GPU, the recipe for a CPU. More parameters with ARGS, into a folder of their own:
+# make run RUN=outputs/short ARGS="-p max_steps 20"
 RECIPE := $(if $(CUDA),,-f recipes/cpu.yaml)
 RUN    := $(if $(CUDA),outputs/llama-3.2-1b-lora,outputs/cpu)
 ARGS   ?=
 
-.PHONY: run test sync lab readme
+.PHONY: run test sync pages readme lab
 
+# The executed notebook takes its place when it has run to its end; one that failed is kept beside it as failed.ipynb.
 run: $(READY)
 	@mkdir -p $(RUN)
-	@$(ENTER) papermill fine_tune_llama3.ipynb $(RUN)/notebook.ipynb $(RECIPE) $(ARGS) --log-output --no-progress-bar
+	@$(ENTER) papermill fine_tune_llama3.ipynb $(RUN)/failed.ipynb $(RECIPE) $(ARGS) -p output_dir $(RUN) --log-output --no-progress-bar
+	@mv $(RUN)/failed.ipynb $(RUN)/notebook.ipynb
 	@$(ENTER) jupyter nbconvert --log-level ERROR --to html $(RUN)/notebook.ipynb --output report.html
 	@printf '\nexecuted notebook  %s\nadapter            %s\nreport             %s\n' $(RUN)/notebook.ipynb $(RUN)/adapter $(RUN)/report.html
 
@@ -33,6 +36,12 @@ sync: $(READY)
 
 readme: $(READY)
 	@$(ENTER) jupyter nbconvert --log-level ERROR --no-input --to markdown nbs/index.ipynb --output-dir . --output README.md
+
+# The main notebook's page shows the run that `make run` made last, and the README its record.
+pages: $(READY)
+	@$(ENTER) python .ci/store_outputs.py $(RUN)/notebook.ipynb && nbdev_clean --fname fine_tune_llama3.ipynb
+	@$(ENTER) jupyter nbconvert --log-level ERROR --to notebook --execute --inplace nbs/index.ipynb && nbdev_clean
+	@$(MAKE) --no-print-directory readme
 
 lab: $(READY)
 	$(ENTER) jupyter lab fine_tune_llama3.ipynb

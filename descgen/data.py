@@ -59,13 +59,14 @@ def _lines(path):
 # %% ../nbs/00_data.ipynb #c017
 def _why_none(line, error):
     "The reason as the reader of a report wants it: a last line without a newline was probably cut off"
-    return f"cut off at the end of the file ({error})" if not line.endswith(b"\n") and str(error).startswith("not JSON") else str(error)
+    cut = not line.endswith(b"\n") and str(error).startswith(("not JSON", "not UTF-8"))
+    return f"cut off at the end of the file ({error})" if cut else str(error)
 
 def read_rows(
     path:str|Path, # JSON Lines, UTF-8, plain or `.gz`
     strict:bool=False, # raise on the first line that is no row, instead of setting it aside
 )->tuple[list[dict], list[dict]]: # rows with their `line` number; lines set aside with `line`, `reason` and `text`
-    "All rows of a file, and the lines that are none; ValueError with `strict`, or where the file is not gzip as its name says"
+    "All rows of a file, and the lines that are none; with `strict` the first of these is a ValueError"
     rows, aside, n = [], [], 0
     def put_aside(n, reason, text=""):
         if strict: raise ValueError(f"{path}, line {n}: {reason}. Mend the line, or set strict=False to go on without it.")
@@ -83,13 +84,14 @@ def read_rows(
 def usable_rows(
     rows:list[dict], # as `read_rows` returns them
 )->tuple[list[dict], Counter]: # the rows that stay, stripped; how many went for which reason
-    "Rows that have both a title and a content"
-    kept, dropped = [], Counter()
+    "Rows that have both a title and a content, the first of each pair"
+    kept, dropped, seen = [], Counter(), set()
     for row in rows:
         row = {**row, "title": row["title"].strip(), "content": row["content"].strip()}
         if not row["content"]: dropped["no content"] += 1
         elif not row["title"]: dropped["no title"] += 1
-        else: kept.append(row)
+        elif (pair := (row["title"], row["content"])) in seen: dropped["repeats"] += 1
+        else: seen.add(pair); kept.append(row)
     return kept, dropped
 
 # %% ../nbs/00_data.ipynb #c028
@@ -121,7 +123,7 @@ def load_data(
     rows, aside = read_rows(path, strict)
     kept, dropped = usable_rows(rows)
     funnel = {"lines read": len(rows) + len(aside), "set aside": len(aside), "no content": dropped["no content"],
-              "no title": dropped["no title"], "usable rows": len(kept)}
+              "no title": dropped["no title"], "repeats": dropped["repeats"], "usable rows": len(kept)}
     if not kept:
         why = f" First line set aside: line {aside[0]['line']}, {aside[0]['reason']}." if aside else ""
         raise ValueError(f"{path}: no row to train on. {funnel}.{why} Each line must be an object with a `title` and a `content`.")

@@ -9,7 +9,7 @@ __all__ = ['read_adapter_config', 'load_adapter', 'describe', 'stream']
 import json, sys
 from pathlib import Path
 
-from .formatting import DATE, Parts, prompt_ids, template_parts
+from .formatting import Parts, prompt_ids, template_parts
 from .model import choose_4bit, load_model
 
 # %% ../nbs/04_inference.ipynb #c006
@@ -33,10 +33,14 @@ def load_adapter(
 ): # the model, ready to describe, and its tokenizer
     "Base and adapter from disk; FileNotFoundError where there is none, ValueError where it does not fit the base"
     from unsloth import FastLanguageModel
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
     named = read_adapter_config(folder)["base_model_name_or_path"]
     model, tokenizer = load_model(base or named, max_seq_length, choose_4bit(load_in_4bit))
-    try: model = PeftModel.from_pretrained(model, str(folder))
+    try:
+        model = PeftModel.from_pretrained(model, str(folder))
+        with safe_open(Path(folder)/"adapter_model.safetensors", framework="pt") as saved: differ = set(saved.keys()) ^ set(get_peft_model_state_dict(model))
+        if differ: raise ValueError(f"{len(differ)} matrices are only on one side, {min(differ)} among them")
     except (RuntimeError, ValueError) as e:
         raise ValueError(f"The adapter in {folder} was trained on {named} and does not fit {base or named}: {str(e).splitlines()[-1].strip()}") from e
     FastLanguageModel.for_inference(model)
@@ -60,7 +64,7 @@ def describe(
     model, # with or without an adapter
     tokenizer, # of the model
     titles:list[str], # any text: nothing in it acts as a control token
-    parts:Parts|None=None, # the template's, as in training; None: with the default date
+    parts:Parts|None=None, # the template's, as in training; None: read from the tokenizer
     sample:bool=True, # draw from the likely tokens; False: always the likeliest
     temperature:float=0.7, # lower is safer and duller
     top_p:float=0.9, # share of probability that is drawn from
@@ -96,15 +100,25 @@ def stream(
     temperature:float=0.7, # lower is safer and duller
     top_p:float=0.9, # share of probability that is drawn from
     max_new_tokens:int=128, # the longest description, in tokens
-): # yields pieces of text as they are written
+    seed:int=42, # of the draws
+): # yields pieces of text as they are written; what goes wrong while writing is raised here
     "Describe one title, piece by piece"
+    import torch
     from threading import Thread
     from transformers import TextIteratorStreamer
     from unsloth import FastLanguageModel
     FastLanguageModel.for_inference(model)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    streamer, failed = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False), []
     batch = _left_padded([prompt_ids(title, tokenizer, parts or template_parts(tokenizer))], tokenizer, model.device)
-    writer = Thread(target=model.generate, kwargs={**batch, **_settings(tokenizer, sample, temperature, top_p, max_new_tokens), "streamer": streamer})
+    def write():
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                model.generate(**batch, **_settings(tokenizer, sample, temperature, top_p, max_new_tokens), streamer=streamer)
+        except Exception as e: failed.append(e)
+        finally: streamer.end()
+    writer = Thread(target=write)
     writer.start()
     yield from streamer
     writer.join()
+    if failed: raise failed[0]

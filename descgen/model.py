@@ -9,11 +9,12 @@ __all__ = ['EMBEDDED', 'LLAMA', 'TARGETS', 'embedded_gguf', 'embedded_model', 'h
 # %% ../nbs/02_model.ipynb #c003
 import importlib.util, logging, os, shutil, socket, tempfile
 from pathlib import Path
+from unittest.mock import patch
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from .data import sha256_file
-from .formatting import template_parts, tell_pad_from_end
+from .formatting import DATE, pin_date, template_parts, tell_pad_from_end
 
 for name in ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops"): # they warn of what nobody but their authors can change
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -60,7 +61,7 @@ def embedded_model(
     finally: shutil.rmtree(aside, ignore_errors=True)
     return folder
 
-# %% ../nbs/02_model.ipynb #c009
+# %% ../nbs/02_model.ipynb #c013
 def has_cuda()->bool:
     "Whether there is a CUDA device to train on"
     import torch
@@ -79,12 +80,12 @@ def choose_4bit(
     if load_in_4bit == "auto": return has_cuda()
     if load_in_4bit and not has_cuda():
         import unsloth
-        from unsloth_zoo.cpu import cpu_capabilities
-        if not cpu_capabilities()["bnb_4bit"]:
+        from unsloth_zoo.cpu import cpu_bnb_4bit_supported
+        if not cpu_bnb_4bit_supported():
             raise ValueError("load_in_4bit=True: bitsandbytes cannot compute in 4 bits on this processor. Use load_in_4bit=False.")
     return load_in_4bit
 
-# %% ../nbs/02_model.ipynb #c013
+# %% ../nbs/02_model.ipynb #c017
 def _hub_answers():
     "Whether the model hub can be reached: known in seconds, where its client goes on trying for minutes"
     from huggingface_hub import constants
@@ -99,23 +100,27 @@ def load_model(
     model_id:str, # from `choose_model`
     max_seq_length:int=2048, # the longest sequence the model will be given, in tokens
     load_in_4bit:bool=False, # from `choose_4bit`
+    dtype:str|None=None, # "bfloat16", "float16" or "float32" to compute in; None: 16 bits where the machine has them
+    date_string:str=DATE, # the date that the chat template writes, if it writes one
 ): # the model, ready for LoRA, and its tokenizer, whose end is the end of a turn and whose padding is another token
     "A base model and its tokenizer through Unsloth; OSError says what to do where it cannot be had"
     from unsloth import FastLanguageModel
-    from huggingface_hub import snapshot_download
+    import torch
+    from huggingface_hub import constants
     source = str(embedded_model()) if model_id == EMBEDDED else model_id
     offline = not Path(source).is_dir() and not _hub_answers()
     try:
-        if offline: source = snapshot_download(source, local_files_only=True) # its cache, or nothing
-        model, tokenizer = FastLanguageModel.from_pretrained(source, max_seq_length=max_seq_length, dtype=None,
-            load_in_4bit=load_in_4bit, token=os.environ.get("HF_TOKEN"))
+        with patch.object(constants, "HF_HUB_OFFLINE", offline or constants.HF_HUB_OFFLINE): # then only its cache is asked
+            model, tokenizer = FastLanguageModel.from_pretrained(source, max_seq_length=max_seq_length, load_in_4bit=load_in_4bit,
+                dtype=getattr(torch, dtype) if dtype else None, token=os.environ.get("HF_TOKEN"))
     except (OSError, RuntimeError, ValueError) as e: # no network, no such model, a gated one without a token, a damaged folder
         why = "the hub cannot be reached and its cache on this machine does not hold the model" if offline else str(e).strip().split("\n")[0]
         raise OSError(f"model_id={model_id!r} could not be loaded: {why}. A hub model needs a network and, if it is gated, HF_TOKEN in "
             f"the environment; a folder needs config.json and safetensors; model_id='{EMBEDDED}' needs neither.") from e
+    pin_date(tokenizer, date_string)
     return model, tell_pad_from_end(tokenizer, template_parts(tokenizer))
 
-# %% ../nbs/02_model.ipynb #c022
+# %% ../nbs/02_model.ipynb #c026
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 def add_lora(
@@ -132,16 +137,17 @@ def add_lora(
     return FastLanguageModel.get_peft_model(model, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias="none",
         target_modules=target_modules, random_state=seed, use_gradient_checkpointing="unsloth" if gradient_checkpointing else False)
 
-# %% ../nbs/02_model.ipynb #c028
+# %% ../nbs/02_model.ipynb #c032
 def tiny_model(
     folder:str|Path, # where to write it
     seed:int=0, # of its random weights
+    layers:int=2, # how many
 )->str: # the folder, as a model id
-    "A random Llama of two layers with the embedded model's tokenizer, for tests"
+    "A random Llama of few layers with the embedded model's tokenizer, for tests"
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
