@@ -140,7 +140,7 @@ def add_lora(
 # %% ../nbs/02_model.ipynb #c032
 def tiny_model(
     folder:str|Path, # where to write it
-    seed:int=0, # of its random weights
+    seed:int=42, # of its random weights
     layers:int=2, # how many
 )->str: # the folder, as a model id
     "A random Llama of few layers with the embedded model's tokenizer, for tests"
