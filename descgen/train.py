@@ -31,6 +31,7 @@ def _steps(value):
     if value < 1 and value != -1: raise ValueError("must be 1 or more, or -1 to train for num_train_epochs")
     return value
 
+# %% ../nbs/03_train.ipynb #c006
 def _targets(names):
     if unknown := [n for n in names if n not in TARGETS]: raise ValueError(f"{unknown[0]!r} is not one of {', '.join(TARGETS)}")
     return names
@@ -39,6 +40,7 @@ Number = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
 
+# %% ../nbs/03_train.ipynb #c007
 class Recipe(BaseModel):
     "All parameters of a run, each in its range. Defaults and meanings: the parameter cell of `fine_tune_llama3.ipynb`"
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -85,7 +87,7 @@ class Recipe(BaseModel):
         if self.fp16 and self.bf16 is True: raise ValueError("bf16 and fp16 exclude each other")
         return self
 
-# %% ../nbs/03_train.ipynb #c007
+# %% ../nbs/03_train.ipynb #c009
 def _assigned(source):
     "Names and literal values that a cell's source assigns; a value that is no literal as its source"
     def value(node):
@@ -102,7 +104,7 @@ def read_defaults(
     if len(tagged) != 1: raise ValueError(f"{notebook} has {len(tagged)} cells tagged `parameters`; Papermill needs exactly one.")
     return _assigned(tagged[0])
 
-# %% ../nbs/03_train.ipynb #c013
+# %% ../nbs/03_train.ipynb #c015
 def check_recipe(
     values:dict, # parameter names and values
 )->Recipe: # the same, known to be possible
@@ -115,7 +117,7 @@ def check_recipe(
         wrong = [f"{name}={value!r}: {msg}" if name else msg for name, value, msg in said if name not in values or name in Recipe.model_fields]
         raise ValueError("This recipe cannot run:\n- " + "\n- ".join(unknown + wrong)) from None
 
-# %% ../nbs/03_train.ipynb #c017
+# %% ../nbs/03_train.ipynb #c019
 def read_recipe(
     session:dict, # the notebook's `globals()`, after its parameter cell
 )->Recipe: # its parameters, checked
@@ -124,7 +126,7 @@ def read_recipe(
     given = {n: session[n] for n in Recipe.model_fields if n in session}
     return check_recipe({**given, **{n: v for cell in injected for n, v in cell.items() if n not in given}})
 
-# %% ../nbs/03_train.ipynb #c020
+# %% ../nbs/03_train.ipynb #c022
 def _choose_precision(bf16, fp16):
     "16-bit compute that this machine has: (bf16, fp16)"
     if fp16 and not has_cuda(): raise ValueError("fp16=True needs a CUDA device: processors train in bf16 or in 32 bits. Use fp16=False.")
@@ -139,6 +141,7 @@ def _choose_precision(bf16, fp16):
     if bf16 != "auto": return bf16, fp16
     return native and not fp16, fp16 or (has_cuda() and not native)
 
+# %% ../nbs/03_train.ipynb #c023
 def _choose_optim(optim):
     "The optimizer: the seed's paged 8-bit AdamW on CUDA, PyTorch's fused AdamW elsewhere"
     if optim == "auto": return "paged_adamw_8bit" if has_cuda() else "adamw_torch_fused"
@@ -148,6 +151,7 @@ def _choose_optim(optim):
     if not has_cuda() and re.search("8bit|paged|bnb", optim): raise ValueError(f"optim={optim!r} needs a CUDA device. Use 'auto' or 'adamw_torch_fused'.")
     return optim
 
+# %% ../nbs/03_train.ipynb #c024
 def resolve(
     recipe:Recipe, # as given, with its "auto"s
 )->Recipe: # the same with every "auto" settled for this machine
@@ -163,7 +167,7 @@ def compute_dtype(
     "The precision that a recipe computes in"
     return "bfloat16" if recipe.bf16 else "float16" if recipe.fp16 else "float32"
 
-# %% ../nbs/03_train.ipynb #c024
+# %% ../nbs/03_train.ipynb #c028
 def _lengths(positions):
     "How long each example in a row is, from positions that begin again at each"
     starts = [i for i, p in enumerate(positions) if p == 0] + [len(positions)]
@@ -185,13 +189,14 @@ def collate(
     batch = {k: torch.tensor(v) for k, v in rows.items()}
     return batch | ({"packed_seq_lengths": torch.tensor(_lengths(rows["position_ids"][0]), dtype=torch.int32)} if flat else {})
 
-# %% ../nbs/03_train.ipynb #c035
+# %% ../nbs/03_train.ipynb #c039
 def _autocast(recipe):
     "A context that computes in a recipe's precision"
     import torch
     dtype = getattr(torch, compute_dtype(recipe))
     return nullcontext() if dtype == torch.float32 else torch.autocast("cuda" if has_cuda() else "cpu", dtype)
 
+# %% ../nbs/03_train.ipynb #c040
 def completion_loss(
     model, # with or without an adapter
     examples:list[dict], # from `encode_rows` with `loss_on="completion"`
@@ -214,7 +219,7 @@ def completion_loss(
     model.train(was_training)
     return total/count
 
-# %% ../nbs/03_train.ipynb #c040
+# %% ../nbs/03_train.ipynb #c045
 def count_steps(
     recipe:Recipe, # its batch, accumulation, epochs and steps
     n_packs:int, # how many packs there are
@@ -224,6 +229,7 @@ def count_steps(
     steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs*per_epoch)
     return steps, steps/per_epoch
 
+# %% ../nbs/03_train.ipynb #c046
 def _bytes_needed(model, recipe):
     "What is in use now, and what training adds by the model's shape: gradients and moments, activations, the loss"
     import psutil, torch
@@ -239,6 +245,7 @@ def peak_memory()->float: # GB
     if has_cuda(): return torch.cuda.max_memory_allocated()/1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)/1e9
 
+# %% ../nbs/03_train.ipynb #c047
 def probe_speed(
     model, # with its adapter
     pack:dict, # a typical one
@@ -259,6 +266,7 @@ def probe_speed(
     model.zero_grad(set_to_none=True)
     return len(pack["input_ids"])/seconds
 
+# %% ../nbs/03_train.ipynb #c048
 def plan(
     model, # with its adapter
     packs:list[dict], # what will be trained on
@@ -275,7 +283,7 @@ def plan(
             "tokens a second (measured on one pack)": round(speed), "minutes (estimate)": round(tokens*epochs/speed/60, 1),
             "memory in GB (estimate)": round(_bytes_needed(model, recipe)/1e9, 1)}
 
-# %% ../nbs/03_train.ipynb #c044
+# %% ../nbs/03_train.ipynb #c052
 _BESIDES = {"output_dir", "overwrite", "data_path", "strict", "logging_steps", "eval_steps", "save_steps",
             "n_titles", "title", "max_new_tokens", "temperature", "top_p"} # what changes no weight
 
@@ -291,6 +299,7 @@ def _is_whole(checkpoint):
     try: return bool(json.loads((checkpoint/"trainer_state.json").read_text(encoding="utf-8")))
     except (OSError, ValueError): return False
 
+# %% ../nbs/03_train.ipynb #c053
 def _checkpoints(folder):
     "Checkpoint folders, oldest first"
     return sorted((p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdigit()), key=_step)
@@ -302,15 +311,19 @@ def read_record(
     path = Path(output_dir)/"run.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
+# %% ../nbs/03_train.ipynb #c054
+def _save_record(output_dir, record):
+    write_text(Path(output_dir)/"run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return record
+
 def write_record(
     output_dir:str|Path, # a run's folder
     **entries, # what to add or change
 )->dict: # the whole record
     "Add to the record of a run, whole or not at all"
-    record = {**read_record(output_dir), **entries}
-    write_text(Path(output_dir)/"run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    return record
+    return _save_record(output_dir, {**read_record(output_dir), **entries})
 
+# %% ../nbs/03_train.ipynb #c055
 def claim_output(
     given:Recipe, # with its "auto"s
     settled:Recipe, # without
@@ -326,11 +339,10 @@ def claim_output(
     whole = [c for c in found if _is_whole(c)] if not differs and record.get("state") == "running" else []
     for old in found:
         if old not in whole: shutil.rmtree(old) # another run's, or written only in part
-    write_text(folder/"run.json", "{}")
-    write_record(folder, state="running", given=given.model_dump(), decides=mine, data_path=settled.data_path)
+    _save_record(folder, {"state": "running", "given": given.model_dump(), "decides": mine, "data_path": settled.data_path})
     return whole[-1] if whole else None
 
-# %% ../nbs/03_train.ipynb #c048
+# %% ../nbs/03_train.ipynb #c059
 _LICENCES = {LLAMA: "llama3.2", EMBEDDED: "apache-2.0"}
 
 def _card(model_id):
@@ -342,6 +354,7 @@ def _card(model_id):
             "```python\nfrom descgen.inference import load_adapter, describe\nmodel, tokenizer = load_adapter('this folder')\n"
             "print(describe(model, tokenizer, ['Girls Ballet Tutu Neon Pink'])[0])\n```\n")
 
+# %% ../nbs/03_train.ipynb #c060
 def _swap_folder(new, final):
     "Put a finished folder in the place of another; at every moment one of the two is whole, as `final` or as `final.old`"
     old = final.with_name(final.name + ".old")
@@ -351,6 +364,7 @@ def _swap_folder(new, final):
     new.rename(final)
     shutil.rmtree(old, ignore_errors=True)
 
+# %% ../nbs/03_train.ipynb #c061
 def save_adapter(
     model, # with its adapter
     tokenizer, # of the model
@@ -373,7 +387,7 @@ def save_adapter(
     finally: shutil.rmtree(aside, ignore_errors=True)
     return folder
 
-# %% ../nbs/03_train.ipynb #c056
+# %% ../nbs/03_train.ipynb #c069
 def _callbacks(model, examples, pad_id, recipe, tokens_per_step):
     "Progress for whoever is watching, and the test loss"
     from tqdm import tqdm
@@ -404,7 +418,7 @@ def _callbacks(model, examples, pad_id, recipe, tokens_per_step):
     watch = TestLoss()
     return [Progress(), watch]
 
-# %% ../nbs/03_train.ipynb #c057
+# %% ../nbs/03_train.ipynb #c070
 def training_arguments(
     recipe:Recipe, # settled
 ): # TRL's `SFTConfig`
@@ -416,6 +430,7 @@ def training_arguments(
     return SFTConfig(**recipe.model_dump(include=set(same)), max_length=recipe.max_length, save_total_limit=2, report_to="none", disable_tqdm=True,
         remove_unused_columns=False, gradient_checkpointing=recipe.gradient_checkpointing, dataset_kwargs={"skip_prepare_dataset": True})
 
+# %% ../nbs/03_train.ipynb #c071
 def _restore(model, checkpoint):
     "Adapter and log of a checkpoint after which no step is left (the trainer would make one more)"
     from peft import set_peft_model_state_dict
@@ -423,6 +438,7 @@ def _restore(model, checkpoint):
     set_peft_model_state_dict(model, load_file(checkpoint/"adapter_model.safetensors"))
     return json.loads((checkpoint/"trainer_state.json").read_text(encoding="utf-8"))["log_history"]
 
+# %% ../nbs/03_train.ipynb #c072
 def train(
     model, # with its adapter
     tokenizer, # of the model
@@ -450,7 +466,7 @@ def train(
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     return trainer.state.log_history
 
-# %% ../nbs/03_train.ipynb #c066
+# %% ../nbs/03_train.ipynb #c081
 def plot_losses(
     history:list[dict], # from `train`
     before:float|None=None, # the test loss before training
