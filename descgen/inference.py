@@ -40,7 +40,8 @@ def load_adapter(
     model, tokenizer = load_model(base or named, max_seq_length, choose_4bit(load_in_4bit))
     try:
         model = PeftModel.from_pretrained(model, str(folder))
-        with safe_open(Path(folder)/"adapter_model.safetensors", framework="pt") as saved: differ = set(saved.keys()) ^ set(get_peft_model_state_dict(model))
+        here = set(get_peft_model_state_dict(model, save_embedding_layers=False)) # the default would ask the hub about the base
+        with safe_open(Path(folder)/"adapter_model.safetensors", framework="pt") as saved: differ = here ^ set(saved.keys())
         if differ: raise ValueError(f"{len(differ)} matrices are only on one side, {min(differ)} among them")
     except (RuntimeError, ValueError) as e:
         raise ValueError(f"The adapter in {folder} was trained on {named} and does not fit {base or named}: {str(e).splitlines()[-1].strip()}") from e
