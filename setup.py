@@ -11,5 +11,6 @@ setup(
     author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"], license="Apache-2.0",
     packages=find_packages(include=["descgen"]),
     python_requires=f">={cfg['min_python']},<3.14", install_requires=cfg["requirements"].split(),
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
     long_description=open("README.md", encoding="utf-8").read(), long_description_content_type="text/markdown",
 )

@@ -4,11 +4,16 @@
 
 # %% auto #0
 __all__ = ['INSTRUCTION', 'DATE', 'IGNORE', 'messages', 'pin_date', 'template_text', 'Parts', 'template_parts', 'prompt_ids',
-           'completion_ids', 'tell_pad_from_end', 'encode_row', 'show_labels', 'encode_rows', 'pack_examples']
+           'completion_ids', 'tell_pad_from_end', 'encode_row', 'show_labels', 'encode_rows', 'pack_examples', 'Packs']
 
 # %% ../nbs/01_formatting.ipynb #c003
-import html, re
+import copy, html, re
+from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import NamedTuple
+
+import numpy as np
 
 # %% ../nbs/01_formatting.ipynb #c005
 INSTRUCTION = "DESCRIBE ABOUT THE PRODUCT."
@@ -112,6 +117,15 @@ def tell_pad_from_end(
 # %% ../nbs/01_formatting.ipynb #c033
 IGNORE = -100 # the label that PyTorch's cross entropy does not count
 
+def _example(prompt, content, parts, max_length, loss_on):
+    "One training example from the token ids of prompt and content; None where the prompt leaves no room"
+    end, room = parts.tail, max_length - len(prompt) - len(parts.tail)
+    if room < 1: return None
+    ids = prompt + content[:room] + end
+    asked = [IGNORE]*len(prompt) + content[:room] + end[:1] + [IGNORE]*(len(end) - 1)
+    return {"input_ids": ids, "labels": asked if loss_on == "completion" else list(ids),
+            "n_prompt": len(prompt), "n_cut": max(0, len(content) - room)}
+
 def encode_row(
     row:dict, # `title` and `content`
     tokenizer, # of the model
@@ -120,14 +134,7 @@ def encode_row(
     loss_on:str="all", # "all": every token is learnt; "completion": only the content and its end
 )->dict|None: # `input_ids`, `labels`, `n_prompt`, `n_cut` (content tokens left out); None where the prompt leaves no room
     "One training example"
-    prompt = prompt_ids(row["title"], tokenizer, parts)
-    content, end = completion_ids(row["content"], tokenizer, parts), parts.tail
-    room = max_length - len(prompt) - len(end)
-    if room < 1: return None
-    ids = prompt + content[:room] + end
-    asked = [IGNORE]*len(prompt) + content[:room] + end[:1] + [IGNORE]*(len(end) - 1)
-    return {"input_ids": ids, "labels": asked if loss_on == "completion" else list(ids),
-            "n_prompt": len(prompt), "n_cut": max(0, len(content) - room)}
+    return _example(prompt_ids(row["title"], tokenizer, parts), completion_ids(row["content"], tokenizer, parts), parts, max_length, loss_on)
 
 # %% ../nbs/01_formatting.ipynb #c037
 class _Html(str):
@@ -154,15 +161,14 @@ def encode_rows(
     max_length:int=1024, # tokens at most in an example
     loss_on:str="all", # what is learnt: "all" or "completion"
 )->tuple[list[dict], list[dict]]: # examples; rows whose title leaves no room, with a `reason`
-    "Examples of all rows that can be one; ValueError where there are rows and none can"
-    examples, aside = [], []
-    for row in rows:
-        if e := encode_row(row, tokenizer, parts, max_length, loss_on): examples.append(e)
-        else: aside.append({"line": row.get("line"), "reason": f"the title leaves no room for content within max_length={max_length}",
-                            "text": row["title"]})
-    if rows and not examples: raise ValueError(f"No row fits into max_length={max_length} tokens: even the shortest prompt leaves no room for "
-        "a content. Set max_length higher; 512 holds most descriptions.")
-    return examples, aside
+    "Examples of all rows that can be one"
+    if not rows: return [], []
+    titles = _data(tokenizer, [parts.before + row["title"].strip() + parts.after for row in rows])
+    contents = _data(tokenizer, [row["content"] + parts.close for row in rows])
+    examples = [_example(parts.head + t + parts.middle, c, parts, max_length, loss_on) for t, c in zip(titles, contents)]
+    aside = [{"line": row.get("line"), "reason": f"the title leaves no room for content within max_length={max_length}", "text": row["title"]}
+             for row, e in zip(rows, examples) if e is None]
+    return [e for e in examples if e], aside
 
 # %% ../nbs/01_formatting.ipynb #c045
 def _pack(example_lists):
@@ -186,3 +192,64 @@ def pack_examples(
     numbered = Dataset.from_dict({"n": [[i]*len(e["input_ids"]) for i, e in enumerate(examples)]})
     packed = pack_dataset(numbered, length, strategy="bfd")
     return [_pack([examples[i] for i in dict.fromkeys(n)]) for n in packed["n"]]
+
+# %% ../nbs/01_formatting.ipynb #c050
+class Packs:
+    "The packs of a run in the order of training: `packs[i]` for any i, made a block of rows at a time"
+    def __init__(self,
+        rows, # a `datasets.Dataset` with `title` and `content`, in the seeded order
+        tokenizer, # of the model
+        parts:Parts, # its template's
+        max_length:int=1024, # tokens at most in an example and in a pack
+        loss_on:str="all", # what is learnt: "all" or "completion"
+        packing:bool=True, # False: one example a pack
+        seed:int=42, # of the order of packs within a block, and of the blocks from the second epoch on
+        block_rows:int=1000, # rows that are packed together
+    ):
+        self.rows, self.tokenizer, self.parts, self.block_rows = rows, copy.deepcopy(tokenizer), parts, block_rows # a copy of its own: it works beside the training
+        self.max_length, self.loss_on, self.packing, self.seed = max_length, loss_on, packing, seed
+        self.n_blocks, self.set_aside = -(-len(rows)//block_rows), {}
+        self._ends, self._visits, self._pool = [0], {}, ThreadPoolExecutor(1)
+        self.block = lru_cache(4)(self._block)
+
+    def _block(self, number):
+        "The packs of a block of rows, as they were packed"
+        rows = self.rows.select(range(number*self.block_rows, min((number + 1)*self.block_rows, len(self.rows)))).to_list()
+        examples, aside = encode_rows(rows, self.tokenizer, self.parts, self.max_length, self.loss_on)
+        self.set_aside[number] = aside
+        return pack_examples(examples, self.max_length, self.packing) if examples else []
+
+    def _visit(self, visit):
+        "The packs of the visit-th block to be trained on, in their order"
+        epoch, number = divmod(visit, self.n_blocks)
+        if epoch: number = int(np.random.default_rng([self.seed, epoch]).permutation(self.n_blocks)[number])
+        packs = self.block(number)
+        return [packs[i] for i in np.random.default_rng([self.seed, epoch, number]).permutation(len(packs))]
+
+    def _visited(self, visit):
+        "The same, from a thread that works one block ahead"
+        for v in (visit, visit + 1):
+            if v not in self._visits: self._visits[v] = self._pool.submit(self._visit, v)
+        self._visits = {v: job for v, job in self._visits.items() if v >= visit - 1}
+        return self._visits[visit].result()
+
+    def _know(self, visits):
+        "Learn where the packs of so many visits begin"
+        from tqdm import tqdm
+        for v in tqdm(range(len(self._ends) - 1, visits), desc="packing", unit="block", delay=2, disable=visits <= len(self._ends)):
+            self._ends.append(self._ends[-1] + len(self._visited(v)))
+            if v + 1 == self.n_blocks and not self._ends[-1]: raise ValueError(f"No row fits into max_length={self.max_length} tokens: even the "
+                "shortest prompt leaves no room for a content. Set max_length higher; 512 holds most descriptions.")
+
+    def __getitem__(self, i):
+        while self._ends[-1] <= i: self._know(len(self._ends))
+        visit = bisect_right(self._ends, i) - 1
+        return self._visited(visit)[i - self._ends[visit]]
+
+    def __getstate__(self): # what names these packs where they are hashed
+        return self.rows._fingerprint, self.parts, self.max_length, self.loss_on, self.packing, self.seed, self.block_rows
+
+    def per_epoch(self)->int: # packs
+        "How many packs all rows make: reads all of them, without keeping them"
+        self._know(self.n_blocks)
+        return self._ends[self.n_blocks]

@@ -13,7 +13,7 @@ from unittest.mock import patch
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from .data import sha256_file
+from .data import cache_folder, sha256_file
 from .formatting import DATE, pin_date, template_parts, tell_pad_from_end
 
 for name in ("torch.utils._pytree", "torchao", "bitsandbytes.backends.cpu.ops"): # they warn of what nobody but their authors can change
@@ -52,7 +52,7 @@ def embedded_model(
 )->Path: # a folder that `from_pretrained` loads
     "The embedded model in the ordinary layout, unpacked if this is the first time"
     gguf = embedded_gguf()
-    cache = Path(cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home()/".cache"))/"descgen")
+    cache = Path(cache or cache_folder())
     folder = cache/f"{EMBEDDED.split('/')[1]}-{sha256_file(gguf)[:12]}"
     if folder.is_dir(): return folder
     cache.mkdir(parents=True, exist_ok=True)

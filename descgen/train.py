@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Number', 'Count', 'Text', 'Recipe', 'read_defaults', 'check_recipe', 'read_recipe', 'resolve', 'compute_dtype',
-           'collate', 'completion_loss', 'count_steps', 'peak_memory', 'probe_speed', 'plan', 'read_record',
-           'write_record', 'claim_output', 'save_adapter', 'training_arguments', 'train', 'plot_losses']
+           'collate', 'completion_loss', 'effective_batch', 'count_packs', 'peak_memory', 'probe_speed', 'plan',
+           'read_record', 'write_record', 'claim_output', 'save_adapter', 'training_arguments', 'train', 'plot_losses']
 
 # %% ../nbs/03_train.ipynb #c003
 import ast, difflib, json, math, os, re, shutil, sys, time
@@ -16,9 +16,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from .data import find_data, write_text, sha256_file
+from .data import STEPS, find_data, write_text
 from . import __version__
-from .formatting import IGNORE, INSTRUCTION
+from .formatting import IGNORE, INSTRUCTION, Packs
 from .model import EMBEDDED, LLAMA, TARGETS, choose_model, choose_4bit, has_cuda
 
 # %% ../nbs/03_train.ipynb #c005
@@ -32,6 +32,14 @@ def _steps(value):
     return value
 
 # %% ../nbs/03_train.ipynb #c006
+def _rows(value):
+    if value < 1 and value != -1: raise ValueError("must be 1 or more, or -1 to take all rows")
+    return value
+
+def _steps_known(names):
+    if unknown := [n for n in names if n not in STEPS]: raise ValueError(f"{unknown[0]!r} is not one of {', '.join(STEPS)}")
+    return names
+
 def _targets(names):
     if unknown := [n for n in names if n not in TARGETS]: raise ValueError(f"{unknown[0]!r} is not one of {', '.join(TARGETS)}")
     return names
@@ -54,7 +62,17 @@ class Recipe(BaseModel):
     gradient_checkpointing: bool
     data_path: Text
     strict: bool
+    max_rows: Annotated[int, AfterValidator(_rows)]
+    clean_steps: Annotated[list[str], AfterValidator(_steps_known)]
+    min_chars: Annotated[int, Field(ge=0)]
+    max_chars: Count
+    drop_echoes: bool
+    duplicates: Literal["near", "exact", "keep"]
+    duplicates_by: list[Literal["content", "title"]]
+    near_threshold: Annotated[Number, Field(ge=0.5, le=1)]
+    near_up_to: Annotated[int, Field(ge=0)]
     test_size: Annotated[Number, Field(ge=0, le=0.5)]
+    eval_rows: Count
     max_length: Annotated[int, Field(ge=32)]
     packing: bool
     loss_on: Literal["all", "completion"]
@@ -83,6 +101,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self):
+        if self.min_chars > self.max_chars: raise ValueError("min_chars must not be above max_chars")
         if self.max_length > self.max_seq_length: raise ValueError("max_length must not be above max_seq_length")
         if self.fp16 and self.bf16 is True: raise ValueError("bf16 and fp16 exclude each other")
         return self
@@ -220,14 +239,19 @@ def completion_loss(
     return total/count
 
 # %% ../nbs/03_train.ipynb #c045
-def count_steps(
+def effective_batch(
+    recipe:Recipe, # its batch and accumulation
+)->int: # packs
+    "How many packs make a step"
+    return recipe.per_device_train_batch_size*recipe.gradient_accumulation_steps
+
+def count_packs(
     recipe:Recipe, # its batch, accumulation, epochs and steps
-    n_packs:int, # how many packs there are
-)->tuple[int, float]: # optimizer steps, and how often they go through all packs
+    packs, # `Packs`, asked only where the recipe counts epochs
+)->int: # packs to train on, those of every epoch counted
     "How long the run is"
-    per_epoch = math.ceil(math.ceil(n_packs/recipe.per_device_train_batch_size)/recipe.gradient_accumulation_steps)
-    steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs*per_epoch)
-    return steps, steps/per_epoch
+    if recipe.max_steps > 0: return recipe.max_steps*effective_batch(recipe)
+    return max(1, round(recipe.num_train_epochs*packs.per_epoch()))
 
 # %% ../nbs/03_train.ipynb #c046
 def _bytes_needed(model, recipe):
@@ -269,28 +293,28 @@ def probe_speed(
 # %% ../nbs/03_train.ipynb #c048
 def plan(
     model, # with its adapter
-    packs:list[dict], # what will be trained on
+    packs, # `Packs` of the rows to train on
     pad_id:int, # the tokenizer's padding
     recipe:Recipe, # settled
 )->dict: # names and values, in the order of reading
     "What the run will be, and an estimate of its time and memory"
-    steps, epochs = count_steps(recipe, len(packs))
-    tokens = sum(len(p["input_ids"]) for p in packs)
-    speed = probe_speed(model, max(packs, key=lambda p: len(p["input_ids"])), pad_id, recipe)
-    return {"examples": sum(p["position_ids"].count(0) for p in packs), "packs": len(packs), "tokens": tokens,
-            "effective batch (packs)": recipe.per_device_train_batch_size*recipe.gradient_accumulation_steps,
-            "steps": steps, "epochs": round(epochs, 2), "tokens to train on": round(tokens*epochs),
-            "tokens a second (measured on one pack)": round(speed), "minutes (estimate)": round(tokens*epochs/speed/60, 1),
+    total, first = count_packs(recipe, packs), packs.block(0) or [packs[0]]
+    tokens = total*sum(len(p["input_ids"]) for p in first)/len(first)
+    rows = total*sum(p["position_ids"].count(0) for p in first)/len(first)
+    speed = probe_speed(model, max(first, key=lambda p: len(p["input_ids"])), pad_id, recipe)
+    return {"rows for training": len(packs.rows), "effective batch (packs)": effective_batch(recipe), "steps": math.ceil(total/effective_batch(recipe)),
+            "packs to train on": total, "rows to train on": round(rows), "epochs": round(rows/len(packs.rows), 2), "tokens to train on": round(tokens),
+            "tokens a second (measured on one pack)": round(speed), "minutes (estimate)": round(tokens/speed/60, 1),
             "memory in GB (estimate)": round(_bytes_needed(model, recipe)/1e9, 1)}
 
 # %% ../nbs/03_train.ipynb #c052
-_BESIDES = {"output_dir", "overwrite", "data_path", "strict", "logging_steps", "eval_steps", "save_steps",
+_BESIDES = {"output_dir", "overwrite", "data_path", "strict", "eval_rows", "logging_steps", "eval_steps", "save_steps",
             "n_titles", "title", "max_new_tokens", "temperature", "top_p"} # what changes no weight
 
-def _what_decides(recipe, data_sha256):
+def _what_decides(recipe, file_key):
     "All that decides which adapter comes out"
-    packages = ("torch", "transformers", "trl", "peft", "unsloth")
-    return {**recipe.model_dump(exclude=_BESIDES), "data_sha256": data_sha256, **{f"version of {p}": version(p) for p in packages}}
+    packages = ("torch", "transformers", "trl", "peft", "unsloth", "polars")
+    return {**recipe.model_dump(exclude=_BESIDES), "file_key": file_key, **{f"version of {p}": version(p) for p in packages}}
 
 def _step(checkpoint): return int(checkpoint.name.split("-")[1])
 
@@ -327,10 +351,11 @@ def write_record(
 def claim_output(
     given:Recipe, # with its "auto"s
     settled:Recipe, # without
+    file_key:str, # the hash of the data file, from `load_data`
 )->Path|None: # the checkpoint to go on from; None begins at the first step
     "Take `output_dir` for this run; FileExistsError where it holds another run's checkpoints and `overwrite` is not set"
     folder, record = Path(settled.output_dir), read_record(settled.output_dir)
-    mine = _what_decides(settled, sha256_file(settled.data_path))
+    mine = _what_decides(settled, file_key)
     theirs, found = record.get("decides", {}), _checkpoints(folder)
     differs = [f"{k} {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in {**theirs, **mine} if theirs.get(k) != mine.get(k)]
     if (found or (folder/"adapter").exists()) and differs and not settled.overwrite:
@@ -388,7 +413,7 @@ def save_adapter(
     return folder
 
 # %% ../nbs/03_train.ipynb #c069
-def _callbacks(model, examples, pad_id, recipe, tokens_per_step):
+def _callbacks(model, examples, pad_id, recipe, seen):
     "Progress for whoever is watching, and the test loss"
     from tqdm import tqdm
     from transformers import TrainerCallback
@@ -401,8 +426,9 @@ def _callbacks(model, examples, pad_id, recipe, tokens_per_step):
                 miniters=max(1, state.max_steps//100), file=sys.stdout)
         def on_log(self, args, state, control, logs=None, **kw):
             if "loss" not in (logs or {}): return
-            done, seconds = state.global_step - self.first, time.time() - self.start - watch.seconds
-            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {tokens_per_step*done/seconds:,.0f} tokens/s", refresh=False)
+            tokens = sum(seen[:(state.global_step - self.first)*effective_batch(recipe)])
+            speed = tokens/(time.time() - self.start - watch.seconds)
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s", refresh=False)
         def on_step_end(self, args, state, control, **kw): self.bar.update(state.global_step - self.bar.n)
         def on_train_end(self, args, state, control, **kw): self.bar.close()
 
@@ -421,13 +447,14 @@ def _callbacks(model, examples, pad_id, recipe, tokens_per_step):
 # %% ../nbs/03_train.ipynb #c070
 def training_arguments(
     recipe:Recipe, # settled
+    steps:int, # optimizer steps
 ): # TRL's `SFTConfig`
     "The recipe in the trainer's words"
     import unsloth
     from trl import SFTConfig
-    same = ["per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate", "warmup_steps",
+    same = ["per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_steps",
             "lr_scheduler_type", "optim", "bf16", "fp16", "logging_steps", "save_steps", "seed", "output_dir"]
-    return SFTConfig(**recipe.model_dump(include=set(same)), max_length=recipe.max_length, save_total_limit=2, report_to="none", disable_tqdm=True,
+    return SFTConfig(**recipe.model_dump(include=set(same)), max_steps=steps, train_sampling_strategy="sequential", max_length=recipe.max_length, save_total_limit=2, report_to="none", disable_tqdm=True,
         remove_unused_columns=False, gradient_checkpointing=recipe.gradient_checkpointing, dataset_kwargs={"skip_prepare_dataset": True})
 
 # %% ../nbs/03_train.ipynb #c071
@@ -439,10 +466,16 @@ def _restore(model, checkpoint):
     return json.loads((checkpoint/"trainer_state.json").read_text(encoding="utf-8"))["log_history"]
 
 # %% ../nbs/03_train.ipynb #c072
+def _as_dataset(packs, total):
+    "What the trainer reads: numbers of packs, each of which becomes its pack when it is asked for"
+    from datasets import Dataset
+    def look_up(batch): return {k: [packs[i][k] for i in batch["pack"]] for k in ("input_ids", "labels", "position_ids")}
+    return Dataset.from_dict({"pack": range(total)}).with_transform(look_up)
+
 def train(
     model, # with its adapter
     tokenizer, # of the model
-    packs:list[dict], # from `pack_examples`
+    packs, # `Packs` of the rows to train on
     recipe:Recipe, # settled
     test_examples:list[dict]=(), # encoded with `loss_on="completion"`, for the test loss
     resume_from:Path|None=None, # a checkpoint, from `claim_output`
@@ -450,17 +483,18 @@ def train(
 )->list[dict]: # the trainer's log: `step` with `loss`, `learning_rate`, `grad_norm`, or with `test_loss`
     "Train the adapter as the recipe says"
     from unsloth import FastLanguageModel
-    from datasets import Dataset
     from transformers import PrinterCallback
     from trl import SFTTrainer
     if resume_from: print(f"Going on from {resume_from.name}")
-    steps, epochs = count_steps(recipe, len(packs))
+    total, seen = count_packs(recipe, packs), []
+    steps = math.ceil(total/effective_batch(recipe))
     if resume_from and _step(resume_from) >= steps: return _restore(model, resume_from)
+    def batch(packs):
+        seen.extend(len(p["input_ids"]) for p in packs)
+        return collate(packs, tokenizer.pad_token_id, flat=has_cuda())
     FastLanguageModel.for_training(model)
-    tokens_per_step = sum(len(p["input_ids"]) for p in packs)*epochs/steps
-    trainer = SFTTrainer(model=model, args=training_arguments(recipe), train_dataset=Dataset.from_list(packs), processing_class=tokenizer,
-        data_collator=lambda packs: collate(packs, tokenizer.pad_token_id, flat=has_cuda()),
-        callbacks=[*_callbacks(model, test_examples, tokenizer.pad_token_id, recipe, tokens_per_step), *callbacks])
+    trainer = SFTTrainer(model=model, args=training_arguments(recipe, steps), train_dataset=_as_dataset(packs, total), processing_class=tokenizer,
+        data_collator=batch, callbacks=[*_callbacks(model, test_examples, tokenizer.pad_token_id, recipe, seen), *callbacks])
     trainer.remove_callback(PrinterCallback)
     trainer.create_model_card = lambda *args, **kw: None # the adapter gets a card of its own
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
