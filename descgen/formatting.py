@@ -10,6 +10,7 @@ __all__ = ['INSTRUCTION', 'DATE', 'IGNORE', 'messages', 'pin_date', 'template_te
 import copy, html, re
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ def template_text(
 
 # %% ../nbs/01_formatting.ipynb #c017
 def _control(tokenizer, text): return tokenizer(text, add_special_tokens=False).input_ids
-def _data(tokenizer, text): return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+def _data(tokenizer, text): return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
 # %% ../nbs/01_formatting.ipynb #c020
 class Parts(NamedTuple):
@@ -190,8 +191,18 @@ def pack_examples(
     from datasets import Dataset
     from trl import pack_dataset
     numbered = Dataset.from_dict({"n": [[i]*len(e["input_ids"]) for i, e in enumerate(examples)]})
-    packed = pack_dataset(numbered, length, strategy="bfd")
+    with _no_bars(): packed = pack_dataset(numbered, length, strategy="bfd")
     return [_pack([examples[i] for i in dict.fromkeys(n)]) for n in packed["n"]]
+
+@contextmanager
+def _no_bars():
+    "Nothing said by datasets: what takes a moment needs no bar"
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    were_off = are_progress_bars_disabled()
+    disable_progress_bars()
+    try: yield
+    finally:
+        if not were_off: enable_progress_bars()
 
 # %% ../nbs/01_formatting.ipynb #c050
 class Packs:

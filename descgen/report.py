@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np, polars as pl
 
-from .data import clean
+from .clean import clean
 from .formatting import encode_rows
 
 # %% ../nbs/02a_report.ipynb #c005
@@ -40,7 +40,7 @@ def report(
     tokenizer, # of the model
     parts, # its template's, from `template_parts`
     max_length:int=1024, # tokens at most in an example
-    sample:int=2000, # rows to measure
+    sample:int=1000, # rows to measure
 )->dict: # names and values that JSON can hold
     "What is in a catalogue; ValueError where no row of the sample fits into `max_length`"
     rows = data.train.select(range(min(sample, len(data.train)))).to_list()
@@ -50,14 +50,14 @@ def report(
         "title in characters": _spread([len(r["title"]) for r in rows]), "content in characters": _spread([len(r["content"]) for r in rows]),
         "example in tokens": _spread([len(e["input_ids"]) + e["n_cut"] for e in examples]), "max_length": max_length,
         "share cut at max_length": round(sum(e["n_cut"] > 0 for e in examples)/len(examples), 4), "titles too long": len(aside),
-        "languages": _languages([r["content"] for r in rows[:500]]), "repeated most": data.repeated, "before and after": before_and_after(data)}
+        "languages": _languages([r["content"] for r in rows[:200]]), "repeated most": data.repeated, "before and after": before_and_after(data)}
 
 # %% ../nbs/02a_report.ipynb #c011
 def _histogram(ax, lengths, label, mark=None):
     "One histogram; the longest twentieth is drawn as one bar"
     most = max(np.quantile(lengths, .95), 1)
     ax.hist(np.minimum(lengths, most), bins=40, color="tab:blue")
-    ax.set(xlabel=f"{label} (the last bar: {most:.0f} and more)", ylabel="rows")
+    ax.set(xlabel=f"{label} (last bar: {most:.0f}+)", ylabel="rows")
     if mark and mark < most: ax.axvline(mark, color="tab:orange"); ax.text(mark, ax.get_ylim()[1], " max_length", color="tab:orange", va="top")
 
 def plot_report(

@@ -16,7 +16,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from .data import STEPS, find_data, write_text
+from .clean import STEPS
+from .data import find_data, write_text
 from . import __version__
 from .formatting import IGNORE, INSTRUCTION, Packs
 from .model import EMBEDDED, LLAMA, TARGETS, choose_model, choose_4bit, has_cuda
