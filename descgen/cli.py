@@ -36,6 +36,7 @@ def check(
     from descgen.report import report_text
     typer.echo(json.dumps(found, ensure_ascii=False) if as_json else report_text(found))
 
+# %% ../nbs/09_cli.ipynb #c005
 def _report(path, max_length, near_up_to, strict):
     "The report on a file, with the embedded model's tokens; what it says on the way goes to standard error"
     import contextlib, sys

@@ -85,6 +85,7 @@ def _code_key():
     code = b"".join(Path(importlib.util.find_spec(f"descgen.{m}").origin).read_bytes() for m in ("data", "clean", "split", "prepared"))
     return hashlib.sha256(code + pl.__version__.encode()).hexdigest()[:12]
 
+# %% ../nbs/00c_prepared.ipynb #c011
 def prepare(
     path:str|Path, # JSON Lines, UTF-8, plain, `.gz` or `.zst`
     steps:list[str]=list(STEPS), # cleaning steps to take
@@ -108,6 +109,7 @@ def prepare(
         finally: shutil.rmtree(aside, ignore_errors=True)
     return folder
 
+# %% ../nbs/00c_prepared.ipynb #c012
 def _alone(folder):
     "A lock that one process at a time holds; the operating system frees it when the process ends, however it ends"
     lock = FileLock(f"{folder}.lock")
@@ -124,7 +126,7 @@ def _is_good(folder, path, strict):
     print(f"Reusing what was prepared from {Path(path).name} before")
     return True
 
-# %% ../nbs/00c_prepared.ipynb #c016
+# %% ../nbs/00c_prepared.ipynb #c018
 def _drop(left, mask, lost, reason):
     "Rows that are left after those of a mask went, which are counted under a reason"
     gone = left & mask
@@ -143,7 +145,7 @@ def _usable(index, max_rows, min_chars, max_chars, drop_echoes, seed):
     left = _drop(left, chars < min_chars, lost, f"content under {min_chars} characters")
     return _drop(left, chars > max_chars, lost, f"content over {max_chars:,} characters"), lost
 
-# %% ../nbs/00c_prepared.ipynb #c020
+# %% ../nbs/00c_prepared.ipynb #c022
 def _texts(folder):
     "The rows of a prepared set as an Arrow table on the disk"
     import pyarrow as pa
@@ -159,7 +161,7 @@ def _near(folder, table, rows, threshold):
         os.replace(aside, path)
     with np.load(path, allow_pickle=False) as saved: return {k: (saved[f"{k}0"], saved[f"{k}1"]) for k in WIDTH}
 
-# %% ../nbs/00c_prepared.ipynb #c021
+# %% ../nbs/00c_prepared.ipynb #c023
 def _settle(duplicates, n, near_up_to):
     "Which copies are looked for among so many rows"
     if duplicates != "near" or n <= near_up_to: return duplicates
@@ -185,7 +187,7 @@ def _divide(index, pairs, test_size, duplicates, duplicates_by, seed, lost):
     order = order[left[order]]
     return [index["row"].to_numpy()[order[side[order] == s]] for s in (0, 1)]
 
-# %% ../nbs/00c_prepared.ipynb #c023
+# %% ../nbs/00c_prepared.ipynb #c025
 class Data(NamedTuple):
     "A catalogue, ready to train on"
     train:"Dataset" # rows to train on, in the seeded order: `line`, `uid`, `title`, `content`
@@ -197,6 +199,7 @@ class Data(NamedTuple):
     set_aside:Path # a JSON Lines file of the lines that are no rows: `line`, `reason`, `text`
     file_key:str # a hash of the file's bytes, by XXH3
 
+# %% ../nbs/00c_prepared.ipynb #c026
 def load_data(
     path:str|Path, # a JSON Lines file, as `find_data` returns it
     test_size:float=0.05, # share of the rows kept for the test
@@ -225,7 +228,7 @@ def load_data(
     train, test = _divide(index, pairs, test_size, duplicates, duplicates_by, seed, lost)
     return _as_data(folder, about, table, train, test, lost, _repeated(index, table))
 
-# %% ../nbs/00c_prepared.ipynb #c024
+# %% ../nbs/00c_prepared.ipynb #c027
 def _complain(path, folder, funnel):
     "The error that says why there is nothing to train on"
     with open(folder/"set_aside.jsonl", encoding="utf-8") as f: first = f.readline()
