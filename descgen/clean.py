@@ -35,7 +35,7 @@ def _unescape(texts, times=3):
     texts = texts.str.replace_many(known, [html.unescape(e) for e in known])
     return _where(texts, texts.str.contains("&", literal=True), lambda t: _unescape(t, times - 1))
 
-# %% ../nbs/00a_clean.ipynb #c011
+# %% ../nbs/00a_clean.ipynb #c012
 _BLOCKS = "p|br|li|ul|ol|div|tr|table|h[1-6]|hr|dl|dt|dd|blockquote|pre|section|article|header|footer|thead|tbody|caption|center|title"
 _INLINE = "b|i|u|s|em|strong|span|a|font|td|th|img|small|big|sup|sub|code|tt|strike|del|ins|abbr|cite|q|input|label|button|form|html|body|head|meta|link|iframe|nobr|wbr"
 _HIDDEN = r"(?is)<!--.*?-->|<script\b[^>]*>.*?</script\s*>|<style\b[^>]*>.*?</style\s*>"
@@ -49,7 +49,7 @@ def strip_tags(
     def strip(t): return t.str.replace_all(_HIDDEN, "").str.replace_all(_tag(_INLINE), "").str.replace_all(rf"\s*(?:{_tag(_BLOCKS)}\s*)+", "\n")
     return _where(texts, texts.str.contains(f"{_tag(f'{_BLOCKS}|{_INLINE}')}|{_HIDDEN}"), strip)
 
-# %% ../nbs/00a_clean.ipynb #c014
+# %% ../nbs/00a_clean.ipynb #c015
 _CONTROLS = r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u2060\ufeff\ufffe\uffff]"
 
 def strip_controls(
@@ -58,7 +58,7 @@ def strip_controls(
     "Text without control characters"
     return _where(texts, texts.str.contains(_CONTROLS), lambda t: t.str.replace_all(_CONTROLS, ""))
 
-# %% ../nbs/00a_clean.ipynb #c015
+# %% ../nbs/00a_clean.ipynb #c016
 @cache
 def _not_composed():
     "A pattern that every text matches which is not in NFC: combining marks, Hangul parts, and the characters that NFC replaces"
@@ -71,7 +71,7 @@ def compose(
     "Text in Unicode's composed form"
     return _where(texts, texts.str.contains(_not_composed()), lambda t: t.str.normalize("NFC"))
 
-# %% ../nbs/00a_clean.ipynb #c018
+# %% ../nbs/00a_clean.ipynb #c020
 BOILERPLATE = r"(?i)\s*-*\s*\(?\bThis text refers to (?:an?|the|another)\b[^.\n]{0,150}(?:\.|$)\)?" # a shop's note on editions
 
 def strip_boilerplate(
@@ -88,7 +88,7 @@ def squeeze(
     texts = _where(texts, texts.str.contains(r"[^\S\n ]| [^\S\n]"), lines)
     return _where(texts, texts.str.contains("\n[ \n]| \n"), lambda t: t.str.replace_all(r" ?\n ?", "\n").str.replace_all(r"\n{3,}", "\n\n")).str.strip_chars()
 
-# %% ../nbs/00a_clean.ipynb #c021
+# %% ../nbs/00a_clean.ipynb #c023
 STEPS = {"entities": unescape, "tags": strip_tags, "controls": strip_controls, "unicode": compose, "boilerplate": strip_boilerplate, "spaces": squeeze}
 _MARKUP = ("entities", "tags")
 
@@ -105,7 +105,7 @@ def _take(rows, changed, needs, names):
         bits = bits | ((some["title"] != old["title"]) | (some["content"] != old["content"])).cast(pl.UInt8)*(1 << list(STEPS).index(name))
     return rows.with_columns(rows[key].clone().scatter(odd, some[key]).alias(key) for key in ("title", "content")), changed.scatter(odd, bits)
 
-# %% ../nbs/00a_clean.ipynb #c022
+# %% ../nbs/00a_clean.ipynb #c024
 def clean(
     rows:pl.DataFrame, # with `title` and `content`, as `parse_block` gives them
     steps:list[str]=list(STEPS), # names of the steps to take; their order is fixed
