@@ -1,6 +1,6 @@
 """What the data stage costs, beside the usual way and beside the limit, in one run and interleaved.
 
-    python bench/data.py              # about half an hour on two cores: writes its tables into bench/README.md; interrupted, it goes on where it was
+    python bench/data.py              # about forty minutes on two cores: writes its tables into bench/README.md; interrupted, it goes on where it was
     python bench/data.py --rows 140538 --rounds 1   # a look at a sixteenth of the size; prints only
 
 Each measurement is a process of its own with a cache of its own. Times are those of the work, from after the imports; memory is the peak of the process,
@@ -147,7 +147,7 @@ def tables(found, n):
         f"| load to split, second run | | {s('descgen again'):.1f} s | | |",
         f"| peak memory | {gb('usual'):.2f} GB | {gb('descgen'):.2f} GB | {gb('limit'):.2f} GB | |",
         f"| rows out | {rounds[0]['usual']['rows']:,} | {rounds[0]['descgen']['rows']:,} (no copies) | | |",
-        f"| start to first step, first run | {usual_start['seconds']:.0f} s for {n//16:,} rows | {median(start, 'descgen_start'):.1f} s | | |",
+        f"| start to first step, first run | {usual_start['seconds']:.0f} s | {median(start, 'descgen_start'):.1f} s | | |",
         f"| start to first step, second run | | {median(start, 'descgen_start again'):.1f} s | | |",
         f"| a thousand bad lines among them | | {bad['seconds']:.1f} s, {bad['found']:,} set aside, {'exactly these' if bad['right'] else 'NOT THE RIGHT ONES'} | | |", "",
         "| rows | usual | descgen | descgen again | near copies too | memory: usual, descgen, near |", "|---|---|---|---|---|---|"]
@@ -164,7 +164,7 @@ def parts(path, n, n_rounds):
         "growth": lambda: {str(size): one_round(at(size), ["descgen", "usual", "near"]) for size in (n//16, n//4, n)},
         "funnel": lambda: one_round(path, ["near"])["near"]["funnel"],
         "start": lambda: [one_round(path, ["descgen_start"]) for _ in range(n_rounds)],
-        "usual start": lambda: one_round(at(n//16), ["usual_start"])["usual_start"],
+        "usual start": lambda: one_round(path, ["usual_start"])["usual_start"],
         "bad": lambda: one_round(path, ["spoilt"])["spoilt"]}
 
 def main(args):
