@@ -27,7 +27,7 @@ def messages(
     asked = [{"role": "user", "content": f"{INSTRUCTION}\nTitle: {title}"}]
     return asked if content is None else asked + [{"role": "assistant", "content": content}]
 
-# %% ../nbs/01_formatting.ipynb #c010
+# %% ../nbs/01_formatting.ipynb #c013
 DATE = "26 Jul 2024" # the date that Llama 3.2's own template falls back to
 
 def pin_date(
@@ -40,7 +40,7 @@ def pin_date(
     tokenizer.chat_template = pinned
     return tokenizer
 
-# %% ../nbs/01_formatting.ipynb #c012
+# %% ../nbs/01_formatting.ipynb #c015
 _MARKS = "\ue000title\ue001", "\ue000content\ue001" # private-use characters: no template strips or changes them
 
 def template_text(
@@ -56,11 +56,11 @@ def template_text(
     between, tail = whole[len(asked):].split(_MARKS[1])
     return head, middle + between, tail
 
-# %% ../nbs/01_formatting.ipynb #c017
+# %% ../nbs/01_formatting.ipynb #c020
 def _control(tokenizer, text): return tokenizer(text, add_special_tokens=False).input_ids
 def _data(tokenizer, text): return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
-# %% ../nbs/01_formatting.ipynb #c020
+# %% ../nbs/01_formatting.ipynb #c023
 class Parts(NamedTuple):
     "A chat template around a title and a content: token ids up to the nearest control tokens, text beside the data"
     head:list[int] # ids up to the last control token before the title
@@ -85,7 +85,7 @@ def template_parts(
     if t == len(tail): raise ValueError("This chat template ends the assistant's turn without a control token: the end could not be learnt.")
     return Parts(_control(tokenizer, head[:h]), head[h:], middle[:m], _control(tokenizer, middle[m:]), tail[:t], _control(tokenizer, tail[t:]))
 
-# %% ../nbs/01_formatting.ipynb #c023
+# %% ../nbs/01_formatting.ipynb #c026
 def prompt_ids(
     title:str, # the product's title, any text
     tokenizer, # of the model
@@ -100,9 +100,9 @@ def completion_ids(
     parts:Parts, # its template's
 )->list[int]: # token ids of the content alone; `parts.tail` ends it
     "The answer, without its end"
-    return _data(tokenizer, content + parts.close)
+    return _data(tokenizer, content.strip() + parts.close)
 
-# %% ../nbs/01_formatting.ipynb #c029
+# %% ../nbs/01_formatting.ipynb #c050
 def tell_pad_from_end(
     tokenizer, # changed in place: its `eos_token` and `pad_token`
     parts:Parts, # its template's
@@ -115,7 +115,7 @@ def tell_pad_from_end(
     if tokenizer.pad_token not in free: tokenizer.pad_token = next((t for t in free if "pad" in t), free[0])
     return tokenizer
 
-# %% ../nbs/01_formatting.ipynb #c033
+# %% ../nbs/01_formatting.ipynb #c054
 IGNORE = -100 # the label that PyTorch's cross entropy does not count
 
 def _example(prompt, content, parts, max_length, loss_on):
@@ -137,7 +137,7 @@ def encode_row(
     "One training example"
     return _example(prompt_ids(row["title"], tokenizer, parts), completion_ids(row["content"], tokenizer, parts), parts, max_length, loss_on)
 
-# %% ../nbs/01_formatting.ipynb #c037
+# %% ../nbs/01_formatting.ipynb #c062
 class _Html(str):
     "Text that a notebook shows as HTML"
     def _repr_html_(self): return str(self)
@@ -154,7 +154,7 @@ def show_labels(
     learnt = sum(label != IGNORE for label in example["labels"])
     return _Html(f"<p class='tex2jax_ignore mathjax_ignore'>{boxes}</p><p><mark>learnt</mark> {learnt} tokens, <code>only read</code> {len(example['labels']) - learnt}</p>")
 
-# %% ../nbs/01_formatting.ipynb #c041
+# %% ../nbs/01_formatting.ipynb #c066
 def encode_rows(
     rows:list[dict], # from the data stage
     tokenizer, # of the model
@@ -165,13 +165,13 @@ def encode_rows(
     "Examples of all rows that can be one"
     if not rows: return [], []
     titles = _data(tokenizer, [parts.before + row["title"].strip() + parts.after for row in rows])
-    contents = _data(tokenizer, [row["content"] + parts.close for row in rows])
+    contents = _data(tokenizer, [row["content"].strip() + parts.close for row in rows])
     examples = [_example(parts.head + t + parts.middle, c, parts, max_length, loss_on) for t, c in zip(titles, contents)]
     aside = [{"line": row.get("line"), "reason": f"the title leaves no room for content within max_length={max_length}", "text": row["title"]}
              for row, e in zip(rows, examples) if e is None]
     return [e for e in examples if e], aside
 
-# %% ../nbs/01_formatting.ipynb #c045
+# %% ../nbs/01_formatting.ipynb #c072
 def _pack(example_lists):
     "Join examples into one sequence whose positions begin again at each"
     ids, labels, positions = [], [], []
@@ -204,7 +204,7 @@ def _no_bars():
     finally:
         if not were_off: enable_progress_bars()
 
-# %% ../nbs/01_formatting.ipynb #c050
+# %% ../nbs/01_formatting.ipynb #c077
 class Packs:
     "The packs of a run in the order of training: `packs[i]` for any i, made a block of rows at a time"
     def __init__(self,
