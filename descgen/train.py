@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Number', 'Count', 'Text', 'Recipe', 'read_defaults', 'check_recipe', 'read_recipe', 'resolve', 'compute_dtype',
-           'collate', 'completion_loss', 'effective_batch', 'count_packs', 'peak_memory', 'probe_speed', 'plan',
-           'read_record', 'write_record', 'claim_output', 'save_adapter', 'training_arguments', 'train', 'plot_losses']
+           'collate', 'completion_loss', 'effective_batch', 'count_packs', 'estimate_memory', 'free_memory',
+           'peak_memory', 'probe_speed', 'plan', 'read_record', 'write_record', 'repeats', 'claim_output',
+           'save_adapter', 'training_arguments', 'train', 'plot_losses']
 
-# %% ../nbs/03_train.ipynb #c003
+# %% ../nbs/03_train.ipynb #16674d31
 import ast, difflib, json, math, os, re, shutil, sys, time
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -17,12 +18,12 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from .clean import STEPS
-from .data import find_data, write_text
+from .data import find_data, sha256_file, write_text
 from . import __version__
 from .formatting import IGNORE, INSTRUCTION, Packs
-from .model import EMBEDDED, LLAMA, TARGETS, choose_model, choose_4bit, has_cuda
+from .model import EMBEDDED, LLAMA, TARGETS, choose_model, choose_4bit, has_cuda, model_config
 
-# %% ../nbs/03_train.ipynb #c005
+# %% ../nbs/03_train.ipynb #53a90129
 def _number(value):
     "YAML reads 3e-5 as text"
     try: return float(value) if isinstance(value, str) else value
@@ -32,7 +33,7 @@ def _steps(value):
     if value < 1 and value != -1: raise ValueError("must be 1 or more, or -1 to train for num_train_epochs")
     return value
 
-# %% ../nbs/03_train.ipynb #c006
+# %% ../nbs/03_train.ipynb #4ab63e68
 def _rows(value):
     if value < 1 and value != -1: raise ValueError("must be 1 or more, or -1 to take all rows")
     return value
@@ -49,7 +50,7 @@ Number = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
 
-# %% ../nbs/03_train.ipynb #c007
+# %% ../nbs/03_train.ipynb #c46c8990
 class Recipe(BaseModel):
     "All parameters of a run, each in its range. Defaults and meanings: the parameter cell of `fine_tune_llama3.ipynb`"
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -58,6 +59,7 @@ class Recipe(BaseModel):
     load_in_4bit: Literal[True, False, "auto"]
     r: Count
     lora_alpha: Count
+    use_rslora: bool
     lora_dropout: Annotated[Number, Field(ge=0, lt=1)]
     target_modules: Annotated[list[str], Field(min_length=1), AfterValidator(_targets)]
     gradient_checkpointing: bool
@@ -83,6 +85,7 @@ class Recipe(BaseModel):
     num_train_epochs: Annotated[Number, Field(gt=0)]
     max_steps: Annotated[int, AfterValidator(_steps)]
     learning_rate: Annotated[Number, Field(gt=0, le=1)]
+    loraplus_lr_ratio: Annotated[Number, Field(ge=1)]
     warmup_steps: Annotated[int, Field(ge=0)]
     lr_scheduler_type: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     optim: Text
@@ -91,6 +94,8 @@ class Recipe(BaseModel):
     logging_steps: Count
     eval_steps: Count
     save_steps: Count
+    patience: Annotated[int, Field(ge=0)]
+    keep_best: bool
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     output_dir: Text
     overwrite: bool
@@ -107,7 +112,7 @@ class Recipe(BaseModel):
         if self.fp16 and self.bf16 is True: raise ValueError("bf16 and fp16 exclude each other")
         return self
 
-# %% ../nbs/03_train.ipynb #c009
+# %% ../nbs/03_train.ipynb #bbb96419
 def _assigned(source):
     "Names and literal values that a cell's source assigns; a value that is no literal as its source"
     def value(node):
@@ -124,7 +129,7 @@ def read_defaults(
     if len(tagged) != 1: raise ValueError(f"{notebook} has {len(tagged)} cells tagged `parameters`; Papermill needs exactly one.")
     return _assigned(tagged[0])
 
-# %% ../nbs/03_train.ipynb #c015
+# %% ../nbs/03_train.ipynb #8ea9c98b
 def check_recipe(
     values:dict, # parameter names and values
 )->Recipe: # the same, known to be possible
@@ -137,7 +142,7 @@ def check_recipe(
         wrong = [f"{name}={value!r}: {msg}" if name else msg for name, value, msg in said if name not in values or name in Recipe.model_fields]
         raise ValueError("This recipe cannot run:\n- " + "\n- ".join(unknown + wrong)) from None
 
-# %% ../nbs/03_train.ipynb #c019
+# %% ../nbs/03_train.ipynb #c3bf95e3
 def read_recipe(
     session:dict, # the notebook's `globals()`, after its parameter cell
 )->Recipe: # its parameters, checked
@@ -146,7 +151,7 @@ def read_recipe(
     given = {n: session[n] for n in Recipe.model_fields if n in session}
     return check_recipe({**given, **{n: v for cell in injected for n, v in cell.items() if n not in given}})
 
-# %% ../nbs/03_train.ipynb #c022
+# %% ../nbs/03_train.ipynb #03810908
 def _choose_precision(bf16, fp16):
     "16-bit compute that this machine has: (bf16, fp16)"
     if fp16 and not has_cuda(): raise ValueError("fp16=True needs a CUDA device: processors train in bf16 or in 32 bits. Use fp16=False.")
@@ -161,7 +166,7 @@ def _choose_precision(bf16, fp16):
     if bf16 != "auto": return bf16, fp16
     return native and not fp16, fp16 or (has_cuda() and not native)
 
-# %% ../nbs/03_train.ipynb #c023
+# %% ../nbs/03_train.ipynb #590da3e5
 def _choose_optim(optim):
     "The optimizer: the seed's paged 8-bit AdamW on CUDA, PyTorch's fused AdamW elsewhere"
     if optim == "auto": return "paged_adamw_8bit" if has_cuda() else "adamw_torch_fused"
@@ -171,7 +176,7 @@ def _choose_optim(optim):
     if not has_cuda() and re.search("8bit|paged|bnb", optim): raise ValueError(f"optim={optim!r} needs a CUDA device. Use 'auto' or 'adamw_torch_fused'.")
     return optim
 
-# %% ../nbs/03_train.ipynb #c024
+# %% ../nbs/03_train.ipynb #45d7e413
 def resolve(
     recipe:Recipe, # as given, with its "auto"s
 )->Recipe: # the same with every "auto" settled for this machine
@@ -187,59 +192,69 @@ def compute_dtype(
     "The precision that a recipe computes in"
     return "bfloat16" if recipe.bf16 else "float16" if recipe.fp16 else "float32"
 
-# %% ../nbs/03_train.ipynb #c028
-def _lengths(positions):
-    "How long each example in a row is, from positions that begin again at each"
-    starts = [i for i, p in enumerate(positions) if p == 0] + [len(positions)]
-    return [b - a for a, b in zip(starts, starts[1:])]
+# %% ../nbs/03_train.ipynb #bfc7030f
+def _shared(examples):
+    "How many tokens all examples begin with before the first that is learnt"
+    asked = min(next((i for i, label in enumerate(e["labels"]) if label != IGNORE), len(e["labels"])) for e in examples)
+    return min(len(os.path.commonprefix([e["input_ids"] for e in examples])), max(asked - 1, 0)) # the last one before predicts it
 
 def collate(
     packs:list[dict], # from `pack_examples`
-    pad_id:int, # the tokenizer's padding
-    flat:bool=False, # one row for all packs, with `packed_seq_lengths`: what Unsloth's attention on a GPU takes
-)->dict: # tensors `input_ids`, `labels`, `position_ids`
-    "A batch from packs; padding is an example of its own and is never learnt"
+    share:bool|None=None, # compute a common beginning once; None: on a CPU
+)->dict: # tensors `input_ids`, `labels`, `position_ids` of one row; on a GPU `packed_seq_lengths`, those of the examples
+    "A batch from packs"
     import torch
-    width = max(len(p["input_ids"]) for p in packs)
-    keys, fills = ("input_ids", "labels"), (pad_id, IGNORE)
-    if flat: rows = {k: [sum((p[k] for p in packs), [])] for k in (*keys, "position_ids")}
-    else:
-        rows = {k: [p[k] + [fill]*(width - len(p[k])) for p in packs] for k, fill in zip(keys, fills)}
-        rows["position_ids"] = [p["position_ids"] + list(range(width - len(p["input_ids"]))) for p in packs]
-    batch = {k: torch.tensor(v) for k, v in rows.items()}
-    return batch | ({"packed_seq_lengths": torch.tensor(_lengths(rows["position_ids"][0]), dtype=torch.int32)} if flat else {})
+    from descgen.layers import segments
+    examples = [{k: list(p[k][a:b]) for k in ("input_ids", "labels", "position_ids")} for p in packs for a, b, _ in segments(torch.tensor(p["position_ids"]))]
+    shared = _shared(examples) if share or share is None and not has_cuda() else 0
+    rows = [examples[0], *({k: v[shared:] for k, v in e.items()} for e in examples[1:])]
+    batch = {k: torch.tensor([sum((r[k] for r in rows), [])]) for k in rows[0]}
+    return batch if shared or not has_cuda() else batch | {"packed_seq_lengths": torch.tensor([len(r["input_ids"]) for r in rows], dtype=torch.int32)}
 
-# %% ../nbs/03_train.ipynb #c039
+# %% ../nbs/03_train.ipynb #e7d34476
 def _autocast(recipe):
-    "A context that computes in a recipe's precision"
+    "A context that computes in a recipe's precision; on a CPU the weights' own precision decides"
     import torch
-    dtype = getattr(torch, compute_dtype(recipe))
-    return nullcontext() if dtype == torch.float32 else torch.autocast("cuda" if has_cuda() else "cpu", dtype)
+    return torch.autocast("cuda", getattr(torch, compute_dtype(recipe))) if has_cuda() and compute_dtype(recipe) != "float32" else nullcontext()
 
-# %% ../nbs/03_train.ipynb #c040
+def _batches(examples, tokens):
+    "Examples, each as a pack, in batches of about so many tokens"
+    batch = []
+    for e in examples:
+        if batch and sum(len(b["input_ids"]) for b in batch) + len(e["input_ids"]) > tokens: yield batch; batch = []
+        batch.append({**e, "position_ids": range(len(e["input_ids"]))})
+    if batch: yield batch
+
+def _summed_loss(model, batch):
+    "The loss of all learnt tokens of a batch, added up, and their number; on a CPU logits are made for these tokens only"
+    import torch
+    labels = batch.pop("labels")[0]
+    asked = (labels[1:] != IGNORE).nonzero()[:, 0]
+    if has_cuda(): return model(**batch, labels=labels[None], use_cache=False).loss.item()*len(asked), len(asked)
+    logits = model(**batch, logits_to_keep=asked, use_cache=False).logits[0]
+    return torch.nn.functional.cross_entropy(logits.float(), labels[asked + 1], reduction="sum").item(), len(asked)
+
+# %% ../nbs/03_train.ipynb #07545799
 def completion_loss(
-    model, # with or without an adapter
+    model, # with or without an adapter, from `add_lora`
     examples:list[dict], # from `encode_rows` with `loss_on="completion"`
-    pad_id:int, # the tokenizer's padding
     recipe:Recipe, # its precision
-    batch_size:int=4, # examples at once; changes time and memory, not the result
+    tokens:int=1024, # tokens at once; changes time and memory, not the result
 )->float|None: # nats a token; None without examples
     "Mean loss over the completion tokens"
     import torch
     if not examples: return None
-    was_training, total, count = model.training, 0.0, 0
+    was_training, sums = model.training, []
     model.eval()
-    ordered = sorted(({**e, "position_ids": list(range(len(e["input_ids"])))} for e in examples), key=lambda e: len(e["input_ids"]))
     with torch.no_grad(), _autocast(recipe):
-        for i in range(0, len(ordered), batch_size):
-            batch = collate(ordered[i:i + batch_size], pad_id)
-            n = (batch["labels"][:, 1:] != IGNORE).sum().item()
-            total += model(input_ids=batch["input_ids"].to(model.device), labels=batch["labels"].to(model.device), use_cache=False).loss.item() * n
-            count += n
+        for batch in _batches(examples, tokens):
+            batch = collate([{**e, "labels": [IGNORE, *e["labels"][1:]]} for e in batch])
+            sums.append(_summed_loss(model, {k: v.to(model.device) for k, v in batch.items()}))
     model.train(was_training)
+    total, count = map(sum, zip(*sums))
     return total/count
 
-# %% ../nbs/03_train.ipynb #c045
+# %% ../nbs/03_train.ipynb #e702e82c
 def effective_batch(
     recipe:Recipe, # its batch and accumulation
 )->int: # packs
@@ -254,15 +269,40 @@ def count_packs(
     if recipe.max_steps > 0: return recipe.max_steps*effective_batch(recipe)
     return max(1, round(recipe.num_train_epochs*packs.per_epoch()))
 
-# %% ../nbs/03_train.ipynb #c046
-def _bytes_needed(model, recipe):
-    "What is in use now, and what training adds by the model's shape: gradients and moments, activations, the loss"
+# %% ../nbs/03_train.ipynb #151511b3
+def _sizes(config, r, targets):
+    "Numbers of a Llama's parameters: all matrices of its layers, embedding and output, the adapter"
+    c, d = config, getattr(config, "head_dim", None) or config.hidden_size//config.num_attention_heads
+    q, kv, h, i = c.num_attention_heads*d, c.num_key_value_heads*d, c.hidden_size, c.intermediate_size
+    shapes = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h), "gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}
+    body = c.num_hidden_layers*sum(a*b for a, b in shapes.values())
+    return body, c.vocab_size*h*(1 if c.tie_word_embeddings else 2), c.num_hidden_layers*r*sum(sum(shapes[t]) for t in targets)
+
+def _activations(config, recipe):
+    "Bytes that a batch keeps for its backward pass"
+    c, width = config, 4 if compute_dtype(recipe) == "float32" else 2
+    tokens, example = recipe.per_device_train_batch_size*recipe.max_length, min(recipe.max_length, 256)
+    dice = 0 if has_cuda() or not recipe.lora_dropout else 6*c.hidden_size + c.intermediate_size
+    a_layer = width*(14*c.hidden_size + 4*c.intermediate_size + (0 if has_cuda() else c.num_attention_heads*example)) + dice
+    kept = width*c.hidden_size*c.num_hidden_layers + a_layer if recipe.gradient_checkpointing else a_layer*c.num_hidden_layers
+    return tokens*kept + 4*4*min(tokens*c.vocab_size, 1 << 24) # and the logits of some tokens, four times over
+
+def estimate_memory(
+    config, # the model's configuration, from `model_config`
+    recipe:Recipe, # settled
+)->float: # GB
+    "How much memory training will need at its peak, on the CUDA device if there is one"
+    body, rest, adapter = _sizes(config, recipe.r, recipe.target_modules)
+    weight = 4 if compute_dtype(recipe) == "float32" and not has_cuda() else 2
+    weights = (0.53 if recipe.load_in_4bit else weight)*body + weight*rest
+    libraries = 0 if has_cuda() else 0.9e9 # Python with PyTorch, Unsloth and the data
+    return (libraries + weights + (10 if "8bit" in recipe.optim else 16)*adapter + _activations(config, recipe))/1e9
+
+# %% ../nbs/03_train.ipynb #2ac7e144
+def free_memory()->float: # GB
+    "How much memory this process can still get, on the CUDA device if there is one"
     import psutil, torch
-    c, tokens = model.config, recipe.per_device_train_batch_size*recipe.max_length
-    now = torch.cuda.memory_allocated() if has_cuda() else psutil.Process().memory_info().rss
-    a_layer = 8*c.hidden_size + 3*c.intermediate_size # values that one layer keeps for the backward pass
-    kept = c.hidden_size*c.num_hidden_layers + a_layer if recipe.gradient_checkpointing else a_layer*c.num_hidden_layers
-    return now + 12*model.get_nb_trainable_parameters()[0] + 2*tokens*kept + 4*min(tokens*c.vocab_size, 1 << 26)
+    return (torch.cuda.mem_get_info()[0] if has_cuda() else psutil.virtual_memory().available)/1e9
 
 def peak_memory()->float: # GB
     "The most memory that this process has had so far, on the CUDA device if there is one"
@@ -270,16 +310,15 @@ def peak_memory()->float: # GB
     if has_cuda(): return torch.cuda.max_memory_allocated()/1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)/1e9
 
-# %% ../nbs/03_train.ipynb #c047
+# %% ../nbs/03_train.ipynb #cea625ff
 def probe_speed(
     model, # with its adapter
     pack:dict, # a typical one
-    pad_id:int, # the tokenizer's padding
     recipe:Recipe, # its precision
 )->float: # tokens a second, forward and backward
     "How fast this machine trains, from one pack run twice; leaves no gradient and no random number behind"
     import torch
-    batch = {k: v.to(model.device) for k, v in collate([pack], pad_id, flat=has_cuda()).items()}
+    batch = {k: v.to(model.device) for k, v in collate([pack]).items()}
     model.train()
     with torch.random.fork_rng():
         for _ in range(2): # the first warms caches up
@@ -291,24 +330,23 @@ def probe_speed(
     model.zero_grad(set_to_none=True)
     return len(pack["input_ids"])/seconds
 
-# %% ../nbs/03_train.ipynb #c048
+# %% ../nbs/03_train.ipynb #4d8d66d3
 def plan(
     model, # with its adapter
     packs, # `Packs` of the rows to train on
-    pad_id:int, # the tokenizer's padding
     recipe:Recipe, # settled
 )->dict: # names and values, in the order of reading
     "What the run will be, and an estimate of its time and memory"
     total, first = count_packs(recipe, packs), packs.block(0) or [packs[0]]
     tokens = total*sum(len(p["input_ids"]) for p in first)/len(first)
     rows = total*sum(p["position_ids"].count(0) for p in first)/len(first)
-    speed = probe_speed(model, max(first, key=lambda p: len(p["input_ids"])), pad_id, recipe)
+    speed = probe_speed(model, max(first, key=lambda p: len(p["input_ids"])), recipe)
     return {"rows for training": len(packs.rows), "effective batch (packs)": effective_batch(recipe), "steps": math.ceil(total/effective_batch(recipe)),
             "packs to train on": total, "rows to train on": round(rows), "epochs": round(rows/len(packs.rows), 2), "tokens to train on": round(tokens),
             "tokens a second (measured on one pack)": round(speed), "minutes (estimate)": round(tokens/speed/60, 1),
-            "memory in GB (estimate)": round(_bytes_needed(model, recipe)/1e9, 1)}
+            "memory in GB (estimate)": round(estimate_memory(model.config, recipe), 1)}
 
-# %% ../nbs/03_train.ipynb #c052
+# %% ../nbs/03_train.ipynb #e911709d
 _BESIDES = {"output_dir", "overwrite", "data_path", "strict", "eval_rows", "logging_steps", "eval_steps", "save_steps",
             "n_titles", "title", "max_new_tokens", "temperature", "top_p"} # what changes no weight
 
@@ -319,12 +357,27 @@ def _what_decides(recipe, file_key):
 
 def _step(checkpoint): return int(checkpoint.name.split("-")[1])
 
+def _sums(checkpoint): return {p.name: sha256_file(p) for p in sorted(checkpoint.iterdir()) if p.name != "seal.json"}
+
+def _seal(checkpoint):
+    "Bring a checkpoint to the disk and write down what it holds"
+    for path in checkpoint.iterdir():
+        with open(path, "rb") as f: os.fsync(f.fileno())
+    write_text(checkpoint/"seal.json", json.dumps(_sums(checkpoint)))
+
 def _is_whole(checkpoint):
-    "Whether a checkpoint was written to its end, which is the trainer's state"
-    try: return bool(json.loads((checkpoint/"trainer_state.json").read_text(encoding="utf-8")))
+    "Whether a checkpoint is sealed and holds what was sealed"
+    try: return json.loads((checkpoint/"seal.json").read_text(encoding="utf-8")) == _sums(checkpoint)
     except (OSError, ValueError): return False
 
-# %% ../nbs/03_train.ipynb #c053
+def _set_aside(checkpoint):
+    "Rename a checkpoint that cannot be trusted, and say so"
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    print(f"{checkpoint.name} is incomplete or was changed after it was written: set aside as {aside.name}")
+
+# %% ../nbs/03_train.ipynb #31b61185
 def _checkpoints(folder):
     "Checkpoint folders, oldest first"
     return sorted((p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdigit()), key=_step)
@@ -336,7 +389,7 @@ def read_record(
     path = Path(output_dir)/"run.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-# %% ../nbs/03_train.ipynb #c054
+# %% ../nbs/03_train.ipynb #d0a97fce
 def _save_record(output_dir, record):
     write_text(Path(output_dir)/"run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return record
@@ -348,7 +401,14 @@ def write_record(
     "Add to the record of a run, whole or not at all"
     return _save_record(output_dir, {**read_record(output_dir), **entries})
 
-# %% ../nbs/03_train.ipynb #c055
+# %% ../nbs/03_train.ipynb #0f06d283
+_START, _BEST = ".start.safetensors", "best.safetensors" # the adapter as it began, for a run that must begin again; the adapter with the lowest test loss so far, where `keep_best` asks for it
+
+def repeats()->str: # "exact" or "approximate"
+    "Whether the same parameters, or a run that was interrupted and gone on with, give the same bytes on this machine"
+    return "approximate" if has_cuda() else "exact" # kernels on a GPU may add in another order each time; these chapters prove it of a CPU
+
+# %% ../nbs/03_train.ipynb #148e6bbf
 def claim_output(
     given:Recipe, # with its "auto"s
     settled:Recipe, # without
@@ -362,13 +422,15 @@ def claim_output(
     if (found or (folder/"adapter").exists()) and differs and not settled.overwrite:
         raise FileExistsError(f"{folder} holds another run's checkpoints or adapter ({'; '.join(differs) if theirs else 'it left no run.json'}). "
             "Give this run its own output_dir, or set overwrite=True to replace them.")
-    whole = [c for c in found if _is_whole(c)] if not differs and record.get("state") == "running" else []
+    going_on = not differs and record.get("state") == "running"
     for old in found:
-        if old not in whole: shutil.rmtree(old) # another run's, or written only in part
-    _save_record(folder, {"state": "running", "given": given.model_dump(), "decides": mine, "data_path": settled.data_path})
-    return whole[-1] if whole else None
+        if not going_on: shutil.rmtree(old)
+        elif not _is_whole(old): _set_aside(old)
+    if not going_on: (folder/_BEST).unlink(missing_ok=True)
+    _save_record(folder, {"state": "running", "given": given.model_dump(), "decides": mine, "data_path": settled.data_path, "repeats": repeats()})
+    return next((c for c in reversed(found) if c.exists()), None)
 
-# %% ../nbs/03_train.ipynb #c059
+# %% ../nbs/03_train.ipynb #97d6070c
 _LICENCES = {LLAMA: "llama3.2", EMBEDDED: "apache-2.0"}
 
 def _card(model_id):
@@ -380,7 +442,7 @@ def _card(model_id):
             "```python\nfrom descgen.inference import load_adapter, describe\nmodel, tokenizer = load_adapter('this folder')\n"
             "print(describe(model, tokenizer, ['Girls Ballet Tutu Neon Pink'])[0])\n```\n")
 
-# %% ../nbs/03_train.ipynb #c060
+# %% ../nbs/03_train.ipynb #bff41460
 def _swap_folder(new, final):
     "Put a finished folder in the place of another; at every moment one of the two is whole, as `final` or as `final.old`"
     old = final.with_name(final.name + ".old")
@@ -390,7 +452,7 @@ def _swap_folder(new, final):
     new.rename(final)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/03_train.ipynb #c061
+# %% ../nbs/03_train.ipynb #2bb39e6b
 def save_adapter(
     model, # with its adapter
     tokenizer, # of the model
@@ -413,14 +475,12 @@ def save_adapter(
     finally: shutil.rmtree(aside, ignore_errors=True)
     return folder
 
-# %% ../nbs/03_train.ipynb #c069
-def _callbacks(model, examples, pad_id, recipe, seen):
-    "Progress for whoever is watching, and the test loss"
+# %% ../nbs/03_train.ipynb #7be23b86
+def _progress(recipe, seen, watch):
+    "Loss, tokens a second and time left, renewed at most every two seconds and a hundred times"
     from tqdm import tqdm
     from transformers import TrainerCallback
-
     class Progress(TrainerCallback):
-        "Loss, tokens a second and time left, renewed at most every two seconds and a hundred times"
         def on_train_begin(self, args, state, control, **kw):
             self.first, self.start = state.global_step, time.time()
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training", mininterval=2,
@@ -432,20 +492,49 @@ def _callbacks(model, examples, pad_id, recipe, seen):
             self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s", refresh=False)
         def on_step_end(self, args, state, control, **kw): self.bar.update(state.global_step - self.bar.n)
         def on_train_end(self, args, state, control, **kw): self.bar.close()
+    return Progress()
 
-    class TestLoss(TrainerCallback):
-        "Adds `test_loss` to the trainer's log, and keeps the time that it took"
+# %% ../nbs/03_train.ipynb #ca5b36b2
+def _tested(history): return [h for h in history if "test_loss" in h]
+def _best(history): return min(_tested(history), key=lambda h: h["test_loss"])
+
+def _is_over(history, recipe):
+    "Whether the test loss has not fallen for as many measurements as `patience` allows"
+    tested = _tested(history)
+    return bool(tested) and len(tested) - 1 - tested.index(_best(history)) >= recipe.patience > 0
+
+def _keep_weights(model, path):
+    "Write the adapter's weights, whole or not at all"
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+    aside = path.with_name(f".{path.name}.new")
+    save_file(get_peft_model_state_dict(model, save_embedding_layers=False), aside)
+    with open(aside, "rb") as f: os.fsync(f.fileno())
+    os.replace(aside, path)
+
+def _take_weights(model, path):
+    "Give the adapter the weights of a file"
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+    set_peft_model_state_dict(model, load_file(path))
+
+# %% ../nbs/03_train.ipynb #7a5eeb17
+def _watch(model, examples, recipe):
+    "Adds `test_loss` to the trainer's log and keeps the time that it took, keeps the best adapter, seals checkpoints"
+    from transformers import TrainerCallback
+    class Watch(TrainerCallback):
         seconds = 0.0
         def on_step_end(self, args, state, control, **kw):
             if not examples or (state.global_step % recipe.eval_steps and state.global_step != state.max_steps): return
             start = time.time()
-            state.log_history.append({"step": state.global_step, "test_loss": completion_loss(model, examples, pad_id, recipe)})
+            state.log_history.append({"step": state.global_step, "test_loss": completion_loss(model, examples, recipe)})
+            if recipe.keep_best and _best(state.log_history)["step"] == state.global_step: _keep_weights(model, Path(args.output_dir)/_BEST)
+            if _is_over(state.log_history, recipe): control.should_training_stop = True
             self.seconds += time.time() - start
+        def on_save(self, args, state, control, **kw): _seal(Path(args.output_dir)/f"checkpoint-{state.global_step}")
+    return Watch()
 
-    watch = TestLoss()
-    return [Progress(), watch]
-
-# %% ../nbs/03_train.ipynb #c070
+# %% ../nbs/03_train.ipynb #11afb1f1
 def training_arguments(
     recipe:Recipe, # settled
     steps:int, # optimizer steps
@@ -454,25 +543,70 @@ def training_arguments(
     import unsloth
     from trl import SFTConfig
     same = ["per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_steps",
-            "lr_scheduler_type", "optim", "bf16", "fp16", "logging_steps", "save_steps", "seed", "output_dir"]
-    return SFTConfig(**recipe.model_dump(include=set(same)), max_steps=steps, train_sampling_strategy="sequential", max_length=recipe.max_length, save_total_limit=2, report_to="none", disable_tqdm=True,
+            "lr_scheduler_type", "optim", "fp16", "logging_steps", "save_steps", "seed", "output_dir"]
+    return SFTConfig(**recipe.model_dump(include=set(same)), bf16=recipe.bf16 and has_cuda(), # on a CPU the weights' own precision decides
+        max_steps=steps, train_sampling_strategy="sequential", max_length=recipe.max_length, save_total_limit=2, report_to="none", disable_tqdm=True,
         remove_unused_columns=False, gradient_checkpointing=recipe.gradient_checkpointing, dataset_kwargs={"skip_prepare_dataset": True})
 
-# %% ../nbs/03_train.ipynb #c071
-def _restore(model, checkpoint):
-    "Adapter and log of a checkpoint after which no step is left (the trainer would make one more)"
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-    set_peft_model_state_dict(model, load_file(checkpoint/"adapter_model.safetensors"))
-    return json.loads((checkpoint/"trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+def _use_loraplus(trainer, recipe):
+    "A learning rate for B that is so many times A's (LoRA+, https://arxiv.org/abs/2402.12354)"
+    from peft.optimizers import create_loraplus_optimizer
+    if recipe.loraplus_lr_ratio == 1: return
+    kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    trainer.optimizer = create_loraplus_optimizer(trainer.model, kind, loraplus_lr_ratio=recipe.loraplus_lr_ratio, **settings)
 
-# %% ../nbs/03_train.ipynb #c072
+# %% ../nbs/03_train.ipynb #a9a25697
 def _as_dataset(packs, total):
     "What the trainer reads: numbers of packs, each of which becomes its pack when it is asked for"
     from datasets import Dataset
     def look_up(batch): return {k: [packs[i][k] for i in batch["pack"]] for k in ("input_ids", "labels", "position_ids")}
     return Dataset.from_dict({"pack": range(total)}).with_transform(look_up)
 
+def _trainer(model, tokenizer, packs, recipe, test_examples, callbacks):
+    "TRL's trainer, told what to read and who watches"
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+    total, seen, watch = count_packs(recipe, packs), [], _watch(model, test_examples, recipe)
+    def batch(packs):
+        seen.extend(len(p["input_ids"]) for p in packs)
+        return collate(packs)
+    trainer = SFTTrainer(model=model, args=training_arguments(recipe, _steps_of(recipe, packs)), train_dataset=_as_dataset(packs, total),
+        processing_class=tokenizer, data_collator=batch, callbacks=[_progress(recipe, seen, watch), watch, *callbacks])
+    trainer.remove_callback(PrinterCallback)
+    trainer.create_model_card = lambda *args, **kw: None # the adapter gets a card of its own
+    _use_loraplus(trainer, recipe)
+    return trainer
+
+# %% ../nbs/03_train.ipynb #6854c11a
+def _is_out_of_memory(error):
+    import torch
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+def _with_smaller_batch(recipe):
+    "The same effective batch from batches of half the size, or the next smaller one that divides it; MemoryError where one pack is too much"
+    batch = recipe.per_device_train_batch_size
+    if batch == 1: raise MemoryError(f"Out of memory with one pack of max_length={recipe.max_length} tokens at a time. Lower max_length, set "
+        "gradient_checkpointing=True, or choose a smaller model.")
+    part = next(n for n in range(batch//2, 0, -1) if batch % n == 0)
+    print(f"Out of memory with batches of {batch} packs: going on with {part} at a time and {batch//part} times the accumulation. A step is as many packs as before.")
+    return recipe.model_copy(update={"per_device_train_batch_size": part, "gradient_accumulation_steps": recipe.gradient_accumulation_steps*batch//part})
+
+# %% ../nbs/03_train.ipynb #75ee624c
+def _steps_of(recipe, packs): return math.ceil(count_packs(recipe, packs)/effective_batch(recipe))
+
+def _train_from(checkpoint, model, tokenizer, packs, recipe, test_examples, callbacks):
+    "One attempt: the trainer's log"
+    if checkpoint:
+        print(f"Going on from {checkpoint.name}")
+        history = json.loads((checkpoint/"trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        if _step(checkpoint) >= _steps_of(recipe, packs) or _is_over(history, recipe): # the trainer would make one more step
+            _take_weights(model, checkpoint/"adapter_model.safetensors")
+            return history
+    trainer = _trainer(model, tokenizer, packs, recipe, test_examples, callbacks)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer.state.log_history
+
+# %% ../nbs/03_train.ipynb #fa3c25e9
 def train(
     model, # with its adapter
     tokenizer, # of the model
@@ -482,26 +616,26 @@ def train(
     resume_from:Path|None=None, # a checkpoint, from `claim_output`
     callbacks:list=(), # more of transformers' `TrainerCallback`s
 )->list[dict]: # the trainer's log: `step` with `loss`, `learning_rate`, `grad_norm`, or with `test_loss`
-    "Train the adapter as the recipe says"
+    "Train the adapter as the recipe says; MemoryError where even one pack at a time is too much"
     from unsloth import FastLanguageModel
-    from transformers import PrinterCallback
-    from trl import SFTTrainer
-    if resume_from: print(f"Going on from {resume_from.name}")
-    total, seen = count_packs(recipe, packs), []
-    steps = math.ceil(total/effective_batch(recipe))
-    if resume_from and _step(resume_from) >= steps: return _restore(model, resume_from)
-    def batch(packs):
-        seen.extend(len(p["input_ids"]) for p in packs)
-        return collate(packs, tokenizer.pad_token_id, flat=has_cuda())
-    FastLanguageModel.for_training(model)
-    trainer = SFTTrainer(model=model, args=training_arguments(recipe, steps), train_dataset=_as_dataset(packs, total), processing_class=tokenizer,
-        data_collator=batch, callbacks=[*_callbacks(model, test_examples, tokenizer.pad_token_id, recipe, seen), *callbacks])
-    trainer.remove_callback(PrinterCallback)
-    trainer.create_model_card = lambda *args, **kw: None # the adapter gets a card of its own
-    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    return trainer.state.log_history
+    import gc, torch
+    folder = Path(recipe.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    _keep_weights(model, folder/_START)
+    while True:
+        FastLanguageModel.for_training(model)
+        try: history = _train_from(resume_from, model, tokenizer, packs, recipe, test_examples, callbacks); break
+        except (MemoryError, RuntimeError) as e:
+            if not _is_out_of_memory(e): raise
+        recipe, resume_from = _with_smaller_batch(recipe), next((c for c in reversed(_checkpoints(folder)) if _is_whole(c)), resume_from)
+        model.zero_grad(set_to_none=True); gc.collect()
+        if has_cuda(): torch.cuda.empty_cache()
+        if not resume_from: _take_weights(model, folder/_START)
+    (folder/_START).unlink()
+    if recipe.keep_best and _tested(history): _take_weights(model, folder/_BEST)
+    return history
 
-# %% ../nbs/03_train.ipynb #c081
+# %% ../nbs/03_train.ipynb #dce488d5
 def plot_losses(
     history:list[dict], # from `train`
     before:float|None=None, # the test loss before training
