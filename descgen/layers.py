@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['keep_mask', 'segments', 'exact_layers']
 
-# %% ../nbs/01a_layers.ipynb #cf77dbb4
+# %% ../nbs/01a_layers.ipynb #ee60ca84
 import types
+from functools import lru_cache
 
 import unsloth # before transformers and peft, which it changes
 import torch
@@ -16,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# %% ../nbs/01a_layers.ipynb #6945d456
+# %% ../nbs/01a_layers.ipynb #cda80457
 def keep_mask(
     x:torch.Tensor, # values
     p:float, # share to drop, 0 to 1
@@ -25,7 +26,7 @@ def keep_mask(
     words = torch.empty(-(-x.numel()//4), dtype=torch.int64).random_(-2**63, None)
     return (words.view(torch.int16)[:x.numel()] >= min(round(p*2**16), 2**16 - 1) - 2**15).view(x.shape)
 
-# %% ../nbs/01a_layers.ipynb #f346683b
+# %% ../nbs/01a_layers.ipynb #a3004d34
 def _matrix(base, dtype):
     "The matrix of a linear layer, out of its 4 bits if it is kept in them"
     if (state := getattr(base.weight, "quant_state", None)) is None: return base.weight.to(dtype)
@@ -52,7 +53,7 @@ class _AddOnce(torch.autograd.Function):
         to_rows = to_inner @ A if kept is None else (to_inner @ A)*kept
         return torch.addmm(to_rows, g, _matrix(ctx.base, g.dtype)).view(*grad.shape[:-1], -1), to_A, to_B, None, None, None
 
-# %% ../nbs/01a_layers.ipynb #51ea2585
+# %% ../nbs/01a_layers.ipynb #3dcd8186
 def _lora_forward(self, x, *args, **kwargs):
     "Forward pass of a PEFT LoRA layer"
     name, *more = self.active_adapters
@@ -66,9 +67,7 @@ def _add_once(model):
     for m in model.modules():
         if isinstance(m, LoraLayer) and isinstance(m.base_layer, torch.nn.Linear): m.forward = types.MethodType(_lora_forward, m)
 
-# %% ../nbs/01a_layers.ipynb #205384f9
-_SHORT = 512 # tokens; the weights of one example in one layer are then at most half a MB a head
-
+# %% ../nbs/01a_layers.ipynb #cafcde07
 def segments(
     position_ids:torch.Tensor, # one row
 )->list[tuple[int, int, int]]: # where each example begins, where it ends, and how many of the row's first tokens it continues
@@ -77,22 +76,59 @@ def segments(
     cuts = [0, *((p[1:] != p[:-1] + 1).nonzero()[:, 0] + 1).tolist(), len(p)]
     return [(a, b, int(p[a]) if a else 0) for a, b in zip(cuts, cuts[1:])]
 
-# %% ../nbs/01a_layers.ipynb #6cf92f7e
-def _attend_one(q, k, v, scale):
-    "Causal attention of one example, whose keys may begin earlier than its queries"
-    visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
-    if k.shape[2] > _SHORT: return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-    future = torch.zeros(visible.shape, dtype=q.dtype).masked_fill(~visible, float("-inf"))
-    return ((q*scale) @ k.transpose(2, 3) + future).softmax(-1) @ v
+# %% ../nbs/01a_layers.ipynb #db1c7ace
+_SHORT = 512 # tokens that an example sees, at most, if its weights are to be kept: half a MB a head and layer
 
+@lru_cache(256)
+def _future(n, seen, dtype):
+    "What is added to the scores of the last `n` of `seen` tokens: nothing for what came before, minus infinity for what comes"
+    return torch.full((n, seen), float("-inf"), dtype=dtype).triu(seen - n + 1)
+
+def _weights(Q, K, n):
+    "What queries make of their keys; each head's `n` queries stand one group after the other"
+    scores = torch.bmm(Q, K.transpose(1, 2))
+    scores.view(len(Q), -1, n, K.shape[1]).add_(_future(n, K.shape[1], Q.dtype))
+    return scores.softmax(-1)
+
+def _part(t, a, b, context, heads):
+    "One example's share of queries, keys or values, by key-value head; what it continues before it"
+    own = t[:, a:b].reshape(heads, -1, t.shape[2])
+    return torch.cat([t[:, :context], own], 1) if context else own
+
+class _Apart(torch.autograd.Function):
+    "Causal attention of the examples of a row, each for itself"
+    @staticmethod
+    def forward(ctx, q, k, v, parts, scale):
+        out, kept = torch.empty(q.shape[1], q.shape[0], q.shape[2], dtype=q.dtype).transpose(0, 1), []
+        for a, b, n in parts:
+            Q, K, V = _part(q, a, b, 0, len(k))*scale, _part(k, a, b, n, len(k)), _part(v, a, b, n, len(k))
+            weights = _weights(Q, K, b - a)
+            out[:, a:b] = torch.bmm(weights, V).view(len(q), b - a, -1)
+            kept.append(weights if K.shape[1] <= _SHORT else None)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.parts, ctx.scale = parts, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *kept = ctx.saved_tensors
+        to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (a, b, n), weights in zip(ctx.parts, kept):
+            Q, K, V, G = _part(q, a, b, 0, len(k))*ctx.scale, _part(k, a, b, n, len(k)), _part(v, a, b, n, len(k)), _part(grad, a, b, 0, len(k))
+            if weights is None: weights = _weights(Q, K, b - a)
+            to_scores = torch._softmax_backward_data(torch.bmm(G, V.transpose(1, 2)), weights, -1, weights.dtype)
+            to_q[:, a:b] = torch.bmm(to_scores, K).view(len(q), b - a, -1)*ctx.scale
+            for to, mine in ((to_k, torch.bmm(to_scores.transpose(1, 2), Q)), (to_v, torch.bmm(weights.transpose(1, 2), G))):
+                to[:, a:b] += mine[:, n:]
+                if n: to[:, :n] += mine[:, :n]
+        return to_q, to_k, to_v, None, None
+
+# %% ../nbs/01a_layers.ipynb #5c661637
 def _attend(module, query, key, value, attention_mask, position_ids=None, scaling=None, **kwargs):
     "Attention of a row of examples, each for itself; of anything else, as transformers does it"
     if attention_mask is not None or position_ids is None or query.shape[0] > 1 or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, position_ids=position_ids, **kwargs)
-    key, value = (t.repeat_interleave(module.num_key_value_groups, 1) for t in (key, value))
-    def seen(t, a, b, context): return torch.cat([t[:, :, :context], t[:, :, a:b]], 2) if context else t[:, :, a:b]
-    apart = [_attend_one(query[:, :, a:b], seen(key, a, b, n), seen(value, a, b, n), scaling) for a, b, n in segments(position_ids)]
-    return torch.cat([one.transpose(1, 2) for one in apart], 1), None
+    return _Apart.apply(query[0], key[0], value[0], segments(position_ids), scaling).transpose(0, 1)[None], None
 
 def _mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
     "No mask for a row of examples, which `_attend` divides; transformers' own for anything else"
@@ -102,7 +138,7 @@ def _mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
 AttentionInterface.register("example_by_example", _attend)
 AttentionMaskInterface.register("example_by_example", _mask)
 
-# %% ../nbs/01a_layers.ipynb #c7593873
+# %% ../nbs/01a_layers.ipynb #eaa82191
 def exact_layers(
     model, # from transformers or Unsloth, with or without a LoRA adapter; changed in place
 ): # the same model

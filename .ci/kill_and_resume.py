@@ -1,0 +1,52 @@
+"""Kills a run at random moments until one ends whole, and compares its adapter, byte for byte, with that of a run nobody touched.
+
+    python .ci/kill_and_resume.py [kills] [seed]
+
+Each kill is SIGKILL to the notebook's processes, at a moment drawn between its first step and its end, checkpoints being written at every step; half of them strike just when
+a checkpoint appears. One checkpoint is damaged by hand on the way.
+"""
+import json, os, random, shutil, signal, subprocess, sys, tempfile, time
+from pathlib import Path
+
+from descgen.model import tiny_model
+from descgen.train import read_record
+
+kills, seed = (int(a) for a in [*sys.argv[1:], *("8", "42")[len(sys.argv) - 1:]])
+dice, tmp = random.Random(seed), Path(tempfile.mkdtemp())
+settings = dict(model_id=tiny_model(tmp/"tiny"), data_path="data/sample.jsonl", max_steps=40, warmup_steps=2, per_device_train_batch_size=2,
+    gradient_accumulation_steps=1, max_length=128, learning_rate=1e-2, eval_steps=10, save_steps=1, n_titles=0, max_new_tokens=4, lora_dropout=0.1, keep_best=True)
+
+def start(folder):
+    "A run through Papermill, in a process group of its own"
+    folder.mkdir(exist_ok=True)
+    (folder/"p.json").write_text(json.dumps({**settings, "output_dir": str(folder)})) # JSON is YAML
+    return subprocess.Popen(["papermill", "fine_tune_llama3.ipynb", str(folder/"out.ipynb"), "-f", str(folder/"p.json"), "--log-output", "--no-progress-bar"],
+        start_new_session=True, stdout=open(folder/"log", "a"), stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+
+def newest(folder): return max((int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*")), default=0)
+
+def strike(folder):
+    "Start the run, kill it somewhere after its next steps; True if it ended first"
+    run, before = start(folder), newest(folder)
+    goal = before + dice.randint(1, 6)
+    while run.poll() is None and newest(folder) < goal: time.sleep(0.002)
+    time.sleep(dice.choice([0, dice.random()*0.3]))
+    if run.poll() is not None: return True
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    print(f"killed at checkpoint {newest(folder)}", flush=True)
+
+whole, struck = tmp/"whole", tmp/"struck"
+assert start(whole).wait() == 0, (whole/"log").read_text()[-2000:]
+for n in range(kills):
+    if strike(struck): break
+    if n == 1: # somebody, or the disk, changes a byte
+        weights = max(struck.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))/"adapter_model.safetensors"
+        if weights.exists(): weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+assert start(struck).wait() == 0, (struck/"log").read_text()[-2000:]
+first, second = (read_record(f)["adapter_sha256"] for f in (whole, struck))
+log = (struck/"log").read_text()
+assert "was set aside" not in log and "set aside as damaged-checkpoint" in log, "the damaged checkpoint was not noticed"
+assert first == second, f"the interrupted run ended with another adapter: {first} and {second}"
+print(f"{log.count('Going on from checkpoint')} resumed runs after {n + 1} kills ended with the bytes of an uninterrupted one: {first}")
+shutil.rmtree(tmp)
