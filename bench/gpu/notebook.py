@@ -1,0 +1,30 @@
+"""The main notebook by Papermill, unchanged, on this card: Llama 3.2 1B's shape in 4 bits, or the embedded model.
+
+    python bench/gpu/notebook.py llama WORK
+    python bench/gpu/notebook.py embedded WORK --max-steps 60
+"""
+import argparse, json, time
+from pathlib import Path
+
+from measure import KEPT, ROOT, keep
+from models import model_folder
+
+def run(args):
+    "Execute it and read its record"
+    import papermill
+    folder = args.work/f"run-{args.model}"
+    given = dict(model_id=str(model_folder(args.model, args.work, args.small)), data_path=str(args.rows.resolve()), output_dir=str(folder), max_steps=args.max_steps)
+    if args.small: given |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=1, max_length=256, max_new_tokens=8, eval_rows=4)
+    start = time.time()
+    papermill.execute_notebook(ROOT/"fine_tune_llama3.ipynb", KEPT/f"notebook-{args.model}.ipynb", given, cwd=ROOT, progress_bar=False, log_output=True)
+    record = json.loads((folder/"run.json").read_text(encoding="utf-8"))
+    named = {k: record.get(k) for k in ("state", "plan", "test_loss", "peak_memory_gb", "minutes")}
+    return named | {"seconds": time.time() - start, "adapter": sorted(p.name for p in (folder/"adapter").iterdir()), "settled": record.get("decides"), "last losses": record["history"][-4:]}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=["llama", "embedded"]); parser.add_argument("work", type=Path); parser.add_argument("--max-steps", type=int, default=200)
+    parser.add_argument("--rows", type=Path, default=Path("data/sample.jsonl")); parser.add_argument("--small", action="store_true", help="a tiny model, for a try without a GPU")
+    args = parser.parse_args()
+    KEPT.mkdir(parents=True, exist_ok=True)
+    print(json.dumps(keep(f"notebook-{args.model}", run(args))))

@@ -1,0 +1,78 @@
+"""The tables of the last GPU run, from what it kept in outputs/bench/gpu.
+
+    python bench/gpu/tables.py            # print them
+    python bench/gpu/tables.py --write    # and put them between the markers in bench/README.md
+"""
+import re, statistics, sys
+
+from measure import ROOT, kept
+
+WAYS = ("stock", "one product")
+
+def table(head, rows): return ["", "| " + " | ".join(head) + " |", "|" + "---|"*len(head), *("| " + " | ".join(map(str, r)) + " |" for r in rows), ""] if rows else []
+
+def speed():
+    "Tokens a second, memory and share of the card's rate"
+    both = [kept(f"speed-{side}-llama") for side in ("unsloth", "plain")]
+    rows = [[*name.split(": ", 1), f"{statistics.median(r['tokens a second'] for r in runs):,.0f}", f"{max(r['gb'] for r in runs):.1f} GB",
+        f"{statistics.median(r['share of the card'] for r in runs):.0%}"] for found in both for name, runs in found.get("found", {}).items()]
+    rates = " and ".join(f"{found['card']/1e12:.0f}" for found in both if found)
+    return ([f"Training, Llama 3.2 1B's shape. Measured rate of the card's bf16 products: {rates} TFLOP/s."] + table(["settings", "", "useful tokens a second", "peak memory", "share of that rate"], sorted(rows))) if rows else []
+
+def generate():
+    "Descriptions a minute"
+    found = {side: kept(f"generate-{side}-llama") for side in ("unsloth", "plain")}
+    sizes = list(found["unsloth"] or found["plain"])
+    cell = lambda side, size: f"{found[side][size]['a minute']:,.0f}" if size in found[side] else ""
+    return (["Descriptions of 128 tokens a minute, 4 bits, with an adapter."] + table(["batch", "descgen", "transformers + PEFT"], [[s, cell("unsloth", s), cell("plain", s)] for s in sizes])) if sizes else []
+
+def losses_of(model, bits):
+    "The same adapters, judged in every way; before training first"
+    mine, plain = kept(f"precision-unsloth-{model}-{bits}"), kept(f"precision-plain-{model}-{bits}")
+    of = lambda found, key: f"{found[key]:.4f}" if key in found else ""
+    names = [k.removeprefix("loss of ").removesuffix(", stock") for k in mine if k.startswith("loss of ") and k.endswith(", stock")]
+    rows = [["before", of(plain, "loss of first, float32"), of(mine, "before"), "", of(plain, "loss of first, bf16 eager")]] if mine else []
+    rows += [[f"{n} steps", of(plain, f"loss of {n}, float32"), *(of(mine, f"loss of {n}, {w}") for w in WAYS), of(plain, f"loss of {n}, bf16 eager")] for n in names]
+    return [[f"{model}, {bits} bits", *r] for r in rows + [[f"float32 {n} steps", of(plain, f"loss of float32 {n}, float32"), "", "", ""] for n in (4, 24) if f"loss of float32 {n}, float32" in plain]]
+
+def decoding_of(model, bits):
+    "The forced text's loss and time, token by token"
+    mine, plain = kept(f"precision-unsloth-{model}-{bits}"), kept(f"precision-plain-{model}-{bits}").get("decoding, float32", {})
+    cells = lambda n: [f"{mine[f'decoding, {w}'][n]:.4f} ({mine[f'decoding, {w}'][n + ', ms a step']:.0f} ms)" for w in WAYS]
+    return [[f"{model}, {bits} bits", n, f"{plain[n]:.4f}" if plain else "", *cells(n)] for n in ("one at a time", "sixteen") if "decoding, stock" in mine]
+
+def precision():
+    "Losses, what comes through, and what it costs"
+    which = [("llama", 4), ("llama", 16), ("embedded", 4), ("embedded", 16)]
+    head = ["base", "adapter trained by", "float32", "Unsloth", "Unsloth, one product", "transformers + PEFT, bf16"]
+    lines = ["Loss of the same adapter weights on other rows, nats a completion token."] + table(head, [r for m, b in which for r in losses_of(m, b)])
+    through = [[f"{m}, {b} bits", name, *(f"{v:.3f}" for v in found.values())] for m, b in which for name, found in kept(f"precision-unsloth-{m}-{b}").get("come through", {}).items()]
+    if through: lines += ["Share of an adapter's addition that comes through in a middle layer, after four steps."] + table(["base", "matrix", "Unsloth", "added by addmm", "one product", "addition in half units"], through)
+    decoded = [r for m, b in which for r in decoding_of(m, b)]
+    if decoded: lines += ["Loss of a forced text where `generate` computes each token by itself, after four steps; time of a step."] + table(["base", "rows", "float32, whole", "Unsloth", "float32 sum"], decoded)
+    costs = [[f"{m}, {b} bits", name, *(f"{r[w]:,.0f}" for w in WAYS), f"{r['one product']/r['stock'] - 1:+.1%}"] for m, b in which for name, r in kept(f"precision-speed-{m}-{b}").items()]
+    if costs: lines += ["What it costs: training tokens a second."] + table(["base", "settings", "Unsloth", "one product", ""], costs)
+    return lines if any(line.startswith("| llama") or line.startswith("| embedded") for line in lines) else []
+
+def correct():
+    "Proofs, as they were found"
+    rows = [[model, what, ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in (found.items() if isinstance(found, dict) else [("nats a token", found)]))]
+        for model in ("llama", "embedded") for what, found in kept(f"correct-{model}").items()]
+    return (["What holds on this card."] + table(["model", "", ""], rows)) if rows else []
+
+def notebook():
+    "The main notebook's runs"
+    rows = [[model, r["plan"]["steps"], f"{r['plan']['tokens to train on']:,}", f"{r['seconds']:.0f} s", f"{r['peak_memory_gb']:.1f} GB", " → ".join(f"{r['test_loss'][k]:.3f}" for k in ("before", "after"))]
+        for model in ("llama", "embedded") if (r := kept(f"notebook-{model}"))]
+    return (["The main notebook by Papermill, with its defaults."] + table(["model", "steps", "tokens", "all of it", "peak memory", "test loss"], rows)) if rows else []
+
+def tables(): return "\n".join([kept("machine").get("machine", ""), "", *speed(), *generate(), *precision(), *correct(), *notebook()])
+
+if __name__ == "__main__":
+    text = tables()
+    print(text)
+    if "--write" in sys.argv:
+        readme = ROOT/"bench"/"README.md"
+        page, n = re.subn(r"(?s)(<!-- gpu -->\n).*?(<!-- /gpu -->)", lambda m: f"{m[1]}{text}\n{m[2]}", readme.read_text(encoding="utf-8"))
+        if not n: sys.exit("bench/README.md has no <!-- gpu --> and <!-- /gpu --> to write between")
+        readme.write_text(page, encoding="utf-8")
