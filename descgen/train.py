@@ -8,7 +8,7 @@ __all__ = ['Number', 'Count', 'Text', 'Recipe', 'read_defaults', 'check_recipe',
            'peak_memory', 'probe_speed', 'plan', 'read_record', 'write_record', 'repeats', 'claim_output',
            'save_adapter', 'training_arguments', 'train', 'plot_losses']
 
-# %% ../nbs/03_train.ipynb #d5a22d41
+# %% ../nbs/03_train.ipynb #13c99ca5
 import ast, difflib, json, math, os, re, shutil, sys, time
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from . import __version__
 from .formatting import IGNORE, INSTRUCTION, Packs
 from .model import EMBEDDED, LLAMA, TARGETS, choose_model, choose_4bit, has_cuda, model_config
 
-# %% ../nbs/03_train.ipynb #3531e3af
+# %% ../nbs/03_train.ipynb #64813693
 def _number(value):
     "YAML reads 3e-5 as text"
     try: return float(value) if isinstance(value, str) else value
@@ -33,7 +33,7 @@ def _steps(value):
     if value < 1 and value != -1: raise ValueError("must be 1 or more, or -1 to train for num_train_epochs")
     return value
 
-# %% ../nbs/03_train.ipynb #e169b9fe
+# %% ../nbs/03_train.ipynb #f1dbedaf
 def _rows(value):
     if value < 1 and value != -1: raise ValueError("must be 1 or more, or -1 to take all rows")
     return value
@@ -50,7 +50,7 @@ Number = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
 
-# %% ../nbs/03_train.ipynb #5608e614
+# %% ../nbs/03_train.ipynb #8c095dd3
 class Recipe(BaseModel):
     "All parameters of a run, each in its range. Defaults and meanings: the parameter cell of `fine_tune_llama3.ipynb`"
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -112,7 +112,7 @@ class Recipe(BaseModel):
         if self.fp16 and self.bf16 is True: raise ValueError("bf16 and fp16 exclude each other")
         return self
 
-# %% ../nbs/03_train.ipynb #9d55af57
+# %% ../nbs/03_train.ipynb #bc59b0ef
 def _assigned(source):
     "Names and literal values that a cell's source assigns; a value that is no literal as its source"
     def value(node):
@@ -129,7 +129,7 @@ def read_defaults(
     if len(tagged) != 1: raise ValueError(f"{notebook} has {len(tagged)} cells tagged `parameters`; Papermill needs exactly one.")
     return _assigned(tagged[0])
 
-# %% ../nbs/03_train.ipynb #5ea17932
+# %% ../nbs/03_train.ipynb #c057322f
 def check_recipe(
     values:dict, # parameter names and values
 )->Recipe: # the same, known to be possible
@@ -142,7 +142,7 @@ def check_recipe(
         wrong = [f"{name}={value!r}: {msg}" if name else msg for name, value, msg in said if name not in values or name in Recipe.model_fields]
         raise ValueError("This recipe cannot run:\n- " + "\n- ".join(unknown + wrong)) from None
 
-# %% ../nbs/03_train.ipynb #16e88ce7
+# %% ../nbs/03_train.ipynb #976615f4
 def read_recipe(
     session:dict, # the notebook's `globals()`, after its parameter cell
 )->Recipe: # its parameters, checked
@@ -151,7 +151,7 @@ def read_recipe(
     given = {n: session[n] for n in Recipe.model_fields if n in session}
     return check_recipe({**given, **{n: v for cell in injected for n, v in cell.items() if n not in given}})
 
-# %% ../nbs/03_train.ipynb #28c044fd
+# %% ../nbs/03_train.ipynb #f40f5527
 def _choose_precision(bf16, fp16):
     "16-bit compute that this machine has: (bf16, fp16)"
     if fp16 and not has_cuda(): raise ValueError("fp16=True needs a CUDA device: processors train in bf16 or in 32 bits. Use fp16=False.")
@@ -166,7 +166,7 @@ def _choose_precision(bf16, fp16):
     if bf16 != "auto": return bf16, fp16
     return native and not fp16, fp16 or (has_cuda() and not native)
 
-# %% ../nbs/03_train.ipynb #59526650
+# %% ../nbs/03_train.ipynb #dc7b9a2d
 def _choose_optim(optim):
     "The optimizer: the seed's paged 8-bit AdamW on CUDA, PyTorch's fused AdamW elsewhere"
     if optim == "auto": return "paged_adamw_8bit" if has_cuda() else "adamw_torch_fused"
@@ -176,7 +176,7 @@ def _choose_optim(optim):
     if not has_cuda() and re.search("8bit|paged|bnb", optim): raise ValueError(f"optim={optim!r} needs a CUDA device. Use 'auto' or 'adamw_torch_fused'.")
     return optim
 
-# %% ../nbs/03_train.ipynb #bf926611
+# %% ../nbs/03_train.ipynb #62ed4449
 def resolve(
     recipe:Recipe, # as given, with its "auto"s
 )->Recipe: # the same with every "auto" settled for this machine
@@ -192,7 +192,7 @@ def compute_dtype(
     "The precision that a recipe computes in"
     return "bfloat16" if recipe.bf16 else "float16" if recipe.fp16 else "float32"
 
-# %% ../nbs/03_train.ipynb #50b4ad04
+# %% ../nbs/03_train.ipynb #e3e7027e
 def _shared(examples):
     "How many tokens all examples begin with before the first that is learnt"
     asked = min(next((i for i, label in enumerate(e["labels"]) if label != IGNORE), len(e["labels"])) for e in examples)
@@ -211,7 +211,7 @@ def collate(
     batch = {k: torch.tensor([sum((r[k] for r in rows), [])]) for k in rows[0]}
     return batch if shared or not has_cuda() else batch | {"packed_seq_lengths": torch.tensor([len(r["input_ids"]) for r in rows], dtype=torch.int32)}
 
-# %% ../nbs/03_train.ipynb #c9f027da
+# %% ../nbs/03_train.ipynb #ff5e23d8
 def _autocast(recipe):
     "A context that computes in a recipe's precision; on a CPU the weights' own precision decides"
     import torch
@@ -234,12 +234,12 @@ def _summed_loss(model, batch):
     logits = model(**batch, logits_to_keep=asked, use_cache=False).logits[0]
     return torch.nn.functional.cross_entropy(logits.float(), labels[asked + 1], reduction="sum").item(), len(asked)
 
-# %% ../nbs/03_train.ipynb #ec5b615c
+# %% ../nbs/03_train.ipynb #d631a77f
 def completion_loss(
     model, # with or without an adapter, from `add_lora`
     examples:list[dict], # from `encode_rows` with `loss_on="completion"`
     recipe:Recipe, # its precision
-    tokens:int=1024, # tokens at once; changes time and memory, not the result
+    tokens:int=512, # tokens at once; changes time and memory, not the result
 )->float|None: # nats a token; None without examples
     "Mean loss over the completion tokens"
     import torch
@@ -254,7 +254,7 @@ def completion_loss(
     total, count = map(sum, zip(*sums))
     return total/count
 
-# %% ../nbs/03_train.ipynb #43c99b7e
+# %% ../nbs/03_train.ipynb #54922d9d
 def effective_batch(
     recipe:Recipe, # its batch and accumulation
 )->int: # packs
@@ -269,7 +269,7 @@ def count_packs(
     if recipe.max_steps > 0: return recipe.max_steps*effective_batch(recipe)
     return max(1, round(recipe.num_train_epochs*packs.per_epoch()))
 
-# %% ../nbs/03_train.ipynb #372fe57d
+# %% ../nbs/03_train.ipynb #e11dc0f2
 def _sizes(config, r, targets):
     "Numbers of a Llama's parameters: all matrices of its layers, embedding and output, the adapter"
     c, d = config, getattr(config, "head_dim", None) or config.hidden_size//config.num_attention_heads
@@ -281,11 +281,12 @@ def _sizes(config, r, targets):
 def _activations(config, recipe):
     "Bytes that a batch keeps for its backward pass"
     c, width = config, 4 if compute_dtype(recipe) == "float32" else 2
-    tokens, example = recipe.per_device_train_batch_size*recipe.max_length, min(recipe.max_length, 256)
+    tokens, example = recipe.per_device_train_batch_size*recipe.max_length, min(recipe.max_length, 512)
     dice = 0 if has_cuda() or not recipe.lora_dropout else 6*c.hidden_size + c.intermediate_size
     a_layer = width*(14*c.hidden_size + 4*c.intermediate_size + (0 if has_cuda() else c.num_attention_heads*example)) + dice
     kept = width*c.hidden_size*c.num_hidden_layers + a_layer if recipe.gradient_checkpointing else a_layer*c.num_hidden_layers
-    return tokens*kept + 4*4*min(tokens*c.vocab_size, 1 << 24) # and the logits of some tokens, four times over
+    logits = 4*4*min(tokens*c.vocab_size, 1 << 24) + (0 if has_cuda() else 10*512*c.vocab_size) # of training, four times over, and of the test loss
+    return tokens*kept + logits
 
 def estimate_memory(
     config, # the model's configuration, from `model_config`
@@ -298,7 +299,7 @@ def estimate_memory(
     libraries = 0 if has_cuda() else 0.9e9 # Python with PyTorch, Unsloth and the data
     return (libraries + weights + (10 if "8bit" in recipe.optim else 16)*adapter + _activations(config, recipe))/1e9
 
-# %% ../nbs/03_train.ipynb #bc1a8f6e
+# %% ../nbs/03_train.ipynb #2a8222b8
 def free_memory()->float: # GB
     "How much memory this process can still get, on the CUDA device if there is one"
     import psutil, torch
@@ -310,7 +311,7 @@ def peak_memory()->float: # GB
     if has_cuda(): return torch.cuda.max_memory_allocated()/1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)/1e9
 
-# %% ../nbs/03_train.ipynb #3c05aa7a
+# %% ../nbs/03_train.ipynb #0518c618
 def probe_speed(
     model, # with its adapter
     pack:dict, # a typical one
@@ -330,7 +331,7 @@ def probe_speed(
     model.zero_grad(set_to_none=True)
     return len(pack["input_ids"])/seconds
 
-# %% ../nbs/03_train.ipynb #6aa3ea40
+# %% ../nbs/03_train.ipynb #22134998
 def plan(
     model, # with its adapter
     packs, # `Packs` of the rows to train on
@@ -346,7 +347,7 @@ def plan(
             "tokens a second (measured on one pack)": round(speed), "minutes (estimate)": round(tokens/speed/60, 1),
             "memory in GB (estimate)": round(estimate_memory(model.config, recipe), 1)}
 
-# %% ../nbs/03_train.ipynb #1325af0f
+# %% ../nbs/03_train.ipynb #865bda34
 _BESIDES = {"output_dir", "overwrite", "data_path", "strict", "eval_rows", "logging_steps", "eval_steps", "save_steps",
             "n_titles", "title", "max_new_tokens", "temperature", "top_p"} # what changes no weight
 
@@ -377,7 +378,7 @@ def _set_aside(checkpoint):
     checkpoint.rename(aside)
     print(f"{checkpoint.name} is incomplete or was changed after it was written: set aside as {aside.name}")
 
-# %% ../nbs/03_train.ipynb #e7704015
+# %% ../nbs/03_train.ipynb #9a7fed83
 def _checkpoints(folder):
     "Checkpoint folders, oldest first"
     return sorted((p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdigit()), key=_step)
@@ -389,7 +390,7 @@ def read_record(
     path = Path(output_dir)/"run.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-# %% ../nbs/03_train.ipynb #d9febca1
+# %% ../nbs/03_train.ipynb #32fa09d9
 def _save_record(output_dir, record):
     write_text(Path(output_dir)/"run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return record
@@ -401,14 +402,14 @@ def write_record(
     "Add to the record of a run, whole or not at all"
     return _save_record(output_dir, {**read_record(output_dir), **entries})
 
-# %% ../nbs/03_train.ipynb #cefa3cfb
+# %% ../nbs/03_train.ipynb #fc95e22f
 _START, _BEST = ".start.safetensors", "best.safetensors" # the adapter as it began, for a run that must begin again; the adapter with the lowest test loss so far, where `keep_best` asks for it
 
 def repeats()->str: # "exact" or "approximate"
     "Whether the same parameters, or a run that was interrupted and gone on with, give the same bytes on this machine"
     return "approximate" if has_cuda() else "exact" # kernels on a GPU may add in another order each time; these chapters prove it of a CPU
 
-# %% ../nbs/03_train.ipynb #a6c9c3c3
+# %% ../nbs/03_train.ipynb #0da95d31
 def claim_output(
     given:Recipe, # with its "auto"s
     settled:Recipe, # without
@@ -430,7 +431,7 @@ def claim_output(
     _save_record(folder, {"state": "running", "given": given.model_dump(), "decides": mine, "data_path": settled.data_path, "repeats": repeats()})
     return next((c for c in reversed(found) if c.exists()), None)
 
-# %% ../nbs/03_train.ipynb #d7745f6c
+# %% ../nbs/03_train.ipynb #e93b9135
 _LICENCES = {LLAMA: "llama3.2", EMBEDDED: "apache-2.0"}
 
 def _card(model_id):
@@ -442,7 +443,7 @@ def _card(model_id):
             "```python\nfrom descgen.inference import load_adapter, describe\nmodel, tokenizer = load_adapter('this folder')\n"
             "print(describe(model, tokenizer, ['Girls Ballet Tutu Neon Pink'])[0])\n```\n")
 
-# %% ../nbs/03_train.ipynb #391a724f
+# %% ../nbs/03_train.ipynb #72a3c956
 def _swap_folder(new, final):
     "Put a finished folder in the place of another; at every moment one of the two is whole, as `final` or as `final.old`"
     old = final.with_name(final.name + ".old")
@@ -452,7 +453,7 @@ def _swap_folder(new, final):
     new.rename(final)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/03_train.ipynb #6315d06f
+# %% ../nbs/03_train.ipynb #88b10d90
 def save_adapter(
     model, # with its adapter
     tokenizer, # of the model
@@ -475,7 +476,7 @@ def save_adapter(
     finally: shutil.rmtree(aside, ignore_errors=True)
     return folder
 
-# %% ../nbs/03_train.ipynb #8c00e28a
+# %% ../nbs/03_train.ipynb #82d1b0b8
 def _progress(recipe, seen, watch):
     "Loss, tokens a second and time left, renewed at most every two seconds and a hundred times"
     from tqdm import tqdm
@@ -494,7 +495,7 @@ def _progress(recipe, seen, watch):
         def on_train_end(self, args, state, control, **kw): self.bar.close()
     return Progress()
 
-# %% ../nbs/03_train.ipynb #16bb18cd
+# %% ../nbs/03_train.ipynb #43c13c99
 def _tested(history): return [h for h in history if "test_loss" in h]
 def _best(history): return min(_tested(history), key=lambda h: h["test_loss"])
 
@@ -518,7 +519,7 @@ def _take_weights(model, path):
     from safetensors.torch import load_file
     set_peft_model_state_dict(model, load_file(path))
 
-# %% ../nbs/03_train.ipynb #ba5f0474
+# %% ../nbs/03_train.ipynb #3797086f
 def _watch(model, examples, recipe):
     "Adds `test_loss` to the trainer's log and keeps the time that it took, keeps the best adapter, seals checkpoints"
     from transformers import TrainerCallback
@@ -534,7 +535,7 @@ def _watch(model, examples, recipe):
         def on_save(self, args, state, control, **kw): _seal(Path(args.output_dir)/f"checkpoint-{state.global_step}")
     return Watch()
 
-# %% ../nbs/03_train.ipynb #9e10ebe6
+# %% ../nbs/03_train.ipynb #0e9bda36
 def training_arguments(
     recipe:Recipe, # settled
     steps:int, # optimizer steps
@@ -555,7 +556,7 @@ def _use_loraplus(trainer, recipe):
     kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
     trainer.optimizer = create_loraplus_optimizer(trainer.model, kind, loraplus_lr_ratio=recipe.loraplus_lr_ratio, **settings)
 
-# %% ../nbs/03_train.ipynb #4edc5c9d
+# %% ../nbs/03_train.ipynb #b9492106
 def _as_dataset(packs, total):
     "What the trainer reads: numbers of packs, each of which becomes its pack when it is asked for"
     from datasets import Dataset
@@ -577,7 +578,7 @@ def _trainer(model, tokenizer, packs, recipe, test_examples, callbacks):
     _use_loraplus(trainer, recipe)
     return trainer
 
-# %% ../nbs/03_train.ipynb #dbb53e59
+# %% ../nbs/03_train.ipynb #f1d99296
 def _is_out_of_memory(error):
     import torch
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
@@ -591,7 +592,7 @@ def _with_smaller_batch(recipe):
     print(f"Out of memory with batches of {batch} packs: going on with {part} at a time and {batch//part} times the accumulation. A step is as many packs as before.")
     return recipe.model_copy(update={"per_device_train_batch_size": part, "gradient_accumulation_steps": recipe.gradient_accumulation_steps*batch//part})
 
-# %% ../nbs/03_train.ipynb #671d7103
+# %% ../nbs/03_train.ipynb #7b9d3281
 def _steps_of(recipe, packs): return math.ceil(count_packs(recipe, packs)/effective_batch(recipe))
 
 def _train_from(checkpoint, model, tokenizer, packs, recipe, test_examples, callbacks):
@@ -606,7 +607,7 @@ def _train_from(checkpoint, model, tokenizer, packs, recipe, test_examples, call
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.state.log_history
 
-# %% ../nbs/03_train.ipynb #c0dde3ea
+# %% ../nbs/03_train.ipynb #dbbf814e
 def train(
     model, # with its adapter
     tokenizer, # of the model
@@ -635,7 +636,7 @@ def train(
     if recipe.keep_best and _tested(history): _take_weights(model, folder/_BEST)
     return history
 
-# %% ../nbs/03_train.ipynb #36c4fd64
+# %% ../nbs/03_train.ipynb #ebb6c9a9
 def plot_losses(
     history:list[dict], # from `train`
     before:float|None=None, # the test loss before training
