@@ -94,7 +94,7 @@ def save_base(model, source, folder):
 def captured(model, batch):
     "What three of the middle layer's products are given, in one evaluation"
     from unsloth.kernels import utils
-    from one_product import swap
+    from descgen.layers import swap
     stock, seen, first = utils.matmul_lora, [], 7*(model.config.num_hidden_layers//2)
     def record(X, *args, **kw):
         seen.append((X.clone(), *args[:5]) if first <= len(seen) < first + 7 else None)
