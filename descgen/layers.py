@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['keep_mask', 'segments', 'unsloth_functions', 'swap', 'exact_layers']
 
-# %% ../nbs/01a_layers.ipynb #ac8300d7
+# %% ../nbs/01a_layers.ipynb #1d12d6a1
 import sys, types, weakref
 from functools import lru_cache
 
@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# %% ../nbs/01a_layers.ipynb #b2b2f995
+# %% ../nbs/01a_layers.ipynb #96c17ff5
 def keep_mask(
     x:torch.Tensor, # values
     p:float, # share to drop, 0 to 1
@@ -26,7 +26,7 @@ def keep_mask(
     words = torch.empty(-(-x.numel()//4), dtype=torch.int64).random_(-2**63, None)
     return (words.view(torch.int16)[:x.numel()] >= min(round(p*2**16), 2**16 - 1) - 2**15).view(x.shape)
 
-# %% ../nbs/01a_layers.ipynb #03a60782
+# %% ../nbs/01a_layers.ipynb #7b23d0e3
 def _matrix(base, dtype):
     "The matrix of a linear layer, out of its 4 bits if it is kept in them"
     if (state := getattr(base.weight, "quant_state", None)) is None: return base.weight.to(dtype)
@@ -53,7 +53,7 @@ class _AddOnce(torch.autograd.Function):
         to_rows = to_inner @ A if kept is None else (to_inner @ A)*kept
         return torch.addmm(to_rows, g, _matrix(ctx.base, g.dtype)).view(*grad.shape[:-1], -1), to_A, to_B, None, None, None
 
-# %% ../nbs/01a_layers.ipynb #2f8873c3
+# %% ../nbs/01a_layers.ipynb #94aa6233
 def _lora_forward(self, x, *args, **kwargs):
     "Forward pass of a PEFT LoRA layer"
     name, *more = self.active_adapters
@@ -67,7 +67,7 @@ def _add_once(model):
     for m in model.modules():
         if isinstance(m, LoraLayer) and isinstance(m.base_layer, torch.nn.Linear): m.forward = types.MethodType(_lora_forward, m)
 
-# %% ../nbs/01a_layers.ipynb #a261c347
+# %% ../nbs/01a_layers.ipynb #991addaf
 def segments(
     position_ids:torch.Tensor, # one row
 )->list[tuple[int, int, int]]: # where each example begins, where it ends, and how many of the row's first tokens it continues
@@ -76,7 +76,7 @@ def segments(
     cuts = [0, *((p[1:] != p[:-1] + 1).nonzero()[:, 0] + 1).tolist(), len(p)]
     return [(a, b, int(p[a]) if a else 0) for a, b in zip(cuts, cuts[1:])]
 
-# %% ../nbs/01a_layers.ipynb #185ae512
+# %% ../nbs/01a_layers.ipynb #76e35906
 _SHORT = 512 # tokens that an example sees, at most, if its weights are to be kept: half a MB a head and layer
 
 @lru_cache(256)
@@ -95,6 +95,7 @@ def _part(t, a, b, context, heads):
     own = t[:, a:b].reshape(heads, -1, t.shape[2])
     return torch.cat([t[:, :context], own], 1) if context else own
 
+# %% ../nbs/01a_layers.ipynb #ac0a8a9b
 class _Apart(torch.autograd.Function):
     "Causal attention of the examples of a row, each for itself"
     @staticmethod
@@ -123,7 +124,7 @@ class _Apart(torch.autograd.Function):
                 if n: to[:, :n] += mine[:, :n]
         return to_q, to_k, to_v, None, None
 
-# %% ../nbs/01a_layers.ipynb #b8f92c83
+# %% ../nbs/01a_layers.ipynb #cfc9016b
 def _attend(module, query, key, value, attention_mask, position_ids=None, scaling=None, **kwargs):
     "Attention of a row of examples, each for itself; of anything else, as transformers does it"
     if attention_mask is not None or position_ids is None or query.shape[0] > 1 or query.shape[2] != key.shape[2]:
@@ -138,7 +139,7 @@ def _mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
 AttentionInterface.register("example_by_example", _attend)
 AttentionMaskInterface.register("example_by_example", _mask)
 
-# %% ../nbs/01a_layers.ipynb #ff3f6305
+# %% ../nbs/01a_layers.ipynb #04adc885
 _kept = {} # the input that was copied last, and the copy with room behind it; gone with the input
 
 def _with_inner(X, X_lora, A):
@@ -157,7 +158,7 @@ def _one_product(X, X_lora, W, A, B, s):
     "X times the base and X_lora times the adapter, rounded once"
     return (_with_inner(X, X_lora, A) @ torch.cat([W, (B*s).to(X.dtype)], 1).t()).view(*X.shape[:-1], -1)
 
-# %% ../nbs/01a_layers.ipynb #bb47e072
+# %% ../nbs/01a_layers.ipynb #d449eda3
 def _fits(X, W, state):
     "Whether this is a forward pass over a weight of the input's 16 bits, or of 4 that unpack to them; a transposed one is of a backward pass"
     if W.shape[0] == 1 or not W.is_contiguous() or X.dtype not in (torch.bfloat16, torch.float16): return False
@@ -185,7 +186,7 @@ def swap(
     for module, name, old in places: setattr(module, name, replacements[old])
     return len(places)
 
-# %% ../nbs/01a_layers.ipynb #1b5d5b63
+# %% ../nbs/01a_layers.ipynb #086dac73
 def exact_layers(
     model, # from transformers or Unsloth, with or without a LoRA adapter; changed in place
 ): # the same model
