@@ -53,12 +53,17 @@ class _AddOnce(torch.autograd.Function):
         to_rows = to_inner @ A if kept is None else (to_inner @ A)*kept
         return torch.addmm(to_rows, g, _matrix(ctx.base, g.dtype)).view(*grad.shape[:-1], -1), to_A, to_B, None, None, None
 
-# %% ../nbs/01a_layers.ipynb #94aa6233
+# %% ../nbs/01a_layers.ipynb #4b9a1c5f
+def _plain(layer):
+    "Whether a layer has one LoRA adapter in use, and one that only adds"
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged: return False
+    name, *more = layer.active_adapters
+    return not more and name in layer.lora_A and name not in layer.lora_variant and not layer.lora_bias[name]
+
 def _lora_forward(self, x, *args, **kwargs):
     "Forward pass of a PEFT LoRA layer"
-    name, *more = self.active_adapters
-    if args or kwargs or more or self.disable_adapters or self.merged or name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
-        return type(self).forward(self, x, *args, **kwargs)
+    if args or kwargs or not _plain(self): return type(self).forward(self, x, *args, **kwargs)
+    name = self.active_adapters[0]
     p = getattr(self.lora_dropout[name], "p", 0) if self.training else 0
     return _AddOnce.apply(x, self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer, self.scaling[name], p)
 
@@ -158,24 +163,38 @@ def _one_product(X, X_lora, W, A, B, s):
     "X times the base and X_lora times the adapter, rounded once"
     return (_with_inner(X, X_lora, A) @ torch.cat([W, (B*s).to(X.dtype)], 1).t()).view(*X.shape[:-1], -1)
 
-# %% ../nbs/01a_layers.ipynb #d449eda3
+# %% ../nbs/01a_layers.ipynb #061a04b9
 def _fits(X, W, state):
     "Whether this is a forward pass over a weight of the input's 16 bits, or of 4 that unpack to them; a transposed one is of a backward pass"
     if W.shape[0] == 1 or not W.is_contiguous() or X.dtype not in (torch.bfloat16, torch.float16): return False
     return W.dtype == X.dtype if state is None else type(state).__name__ == "QuantState" and state.dtype == X.dtype
 
+def _one_token(X, W, state, A, B, s):
+    "A layer's values of one token a row, base and adapter added up in 32 bits"
+    from unsloth.kernels import utils
+    A, B = utils._fast_lora_weights(A, B, X.dtype)
+    if state is not None and len(X) == 1 and utils._TRITON_GEMV_EAGER: total = utils.fast_gemv(X.float(), W, state)[0] # reads 4 bits as they are
+    else: total = torch.mm(X[:, 0], utils.fast_dequantize(W, state, use_global_buffer=True, dtype=X.dtype).t(), out_dtype=torch.float32)
+    return torch.addmm(total, X[:, 0] @ A.t(), B.t(), out_dtype=torch.float32, alpha=s).to(X.dtype)[:, None]
+
 @lru_cache(1)
 def unsloth_functions()->dict: # Unsloth's functions, and what takes their place
     "What Unsloth adds an adapter with on a GPU, and the same with one product"
     from unsloth.kernels import fast_lora, utils
-    plain, ext = utils.matmul_lora, fast_lora._matmul_lora_ext
+    plain, ext, token = utils.matmul_lora, fast_lora._matmul_lora_ext, utils.fast_linear_forward
     def matmul_lora(X, W, W_quant, A, B, s, out=None, use_global_buffer=True):
         if A is None or not _fits(X, W, W_quant): return plain(X, W, W_quant, A, B, s, out, use_global_buffer)
         return _one_product(X, X, utils.fast_dequantize(W, W_quant, use_global_buffer=use_global_buffer, dtype=X.dtype), A, B, s)
     def _matmul_lora_ext(X, X_lora, W, W_quant, A, B, S, bias):
         if A is None or bias is not None or not _fits(X, W, W_quant): return ext(X, X_lora, W, W_quant, A, B, S, bias)
         return _one_product(X, X_lora, utils.fast_dequantize(W, W_quant, use_global_buffer=False, dtype=X.dtype), A, B, S)
-    return {plain: matmul_lora, ext: _matmul_lora_ext}
+    def fast_linear_forward(proj, X, temp_lora=None, out=None):
+        if X.shape[1] != 1 or not _plain(proj): return token(proj, X, temp_lora, out)
+        W, state, A, B, s, bias = utils.get_lora_parameters_bias(proj)
+        if bias is not None or not _fits(X, W, state): return token(proj, X, temp_lora, out)
+        total = _one_token(X, W, state, A, B, s)
+        return total if out is None else out.copy_(total)
+    return {plain: matmul_lora, ext: _matmul_lora_ext, token: fast_linear_forward}
 
 def swap(
     replacements:dict, # functions, and what takes their place

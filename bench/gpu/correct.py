@@ -61,7 +61,7 @@ def packing_and_labels(recipe, rows):
     packs = packs_of(rows, tokenizer, recipe)
     for name, mode in (("eval", model.eval), ("training, dropout off", model.train)):
         mode(); [setattr(m, "p", 0.) for m in model.modules() if type(m).__name__ == "Dropout"]
-        found[f"packing, {name}"] = contamination(model, packs[0], len(tokenizer))
+        found[f"packing, {name}"] = contamination(model, max(packs.block(0), key=lambda p: p["position_ids"].count(0)), len(tokenizer))
     os.environ["UNSLOTH_RETURN_LOGITS"] = "0"
     return found | {"labels": labels_right(packs, tokenizer, template_parts(tokenizer))}
 

@@ -1,6 +1,6 @@
-"""Descriptions a minute by batch size: descgen's `describe`, and transformers' own `generate` with the same adapter and base in 4 bits.
+"""Descriptions a minute by batch size: descgen's `describe`, and transformers' own `generate` with an adapter of the same shape, base in 4 bits.
 
-    python bench/gpu/generate.py unsloth llama WORK    # writes the adapter that the other reads
+    python bench/gpu/generate.py unsloth llama WORK
     python bench/gpu/generate.py plain llama WORK
 """
 import argparse, json
@@ -39,7 +39,6 @@ def unsloth_side(args):
     from descgen.model import add_lora, load_model
     model, tokenizer = load_model(str(model_folder(args.model, args.work, args.small)), 2048, not args.small, "bfloat16")
     model, parts = add_lora(model, lora_dropout=0), template_parts(tokenizer)
-    model.save_pretrained(args.work/f"adapter-{args.model}")
     without_end(model, tokenizer)
     def write(titles, size): describe(model, tokenizer, titles, parts, max_new_tokens=args.new, batch_size=size, progress=False)
     with turn(): return timed(write, [r["title"] for r in read_rows(args.rows)], args.sizes, args.new)
@@ -47,13 +46,15 @@ def unsloth_side(args):
 def plain_side(args):
     "transformers and PEFT, padded on the left, with the same sampling"
     import torch
-    from peft import PeftModel
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from descgen.formatting import messages
+    from descgen.model import TARGETS
     source = model_folder(args.model, args.work, args.small)
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, device_map={"": 0} if has_gpu() else None, quantization_config=None if args.small else four)
-    model, tokenizer = PeftModel.from_pretrained(base, args.work/f"adapter-{args.model}").eval(), AutoTokenizer.from_pretrained(source, padding_side="left")
+    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     without_end(model, tokenizer)
     def write(titles, size):
         texts = [tokenizer.apply_chat_template(messages(t), tokenize=False, add_generation_prompt=True) for t in titles]

@@ -53,4 +53,5 @@ def read_rows(path, seed=42):
 if __name__ == "__main__": # python bench/gpu/models.py NAME WORK [small]: make a folder before anything patches transformers
     import sys
     sys.path.append(str(Path(__file__).parents[2]))
-    print(model_folder(*sys.argv[1:]))
+    from measure import keep
+    print(keep(f"models-{sys.argv[1]}", {"folder": str(model_folder(*sys.argv[1:]))}))

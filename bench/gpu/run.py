@@ -20,13 +20,12 @@ def parts(work):
     "Groups of commands: those of a group run together, one group after the other"
     def precision(side, *which): return [("precision", f"precision-{side}-{m}-{b}", ["precision.py", side, m, b, work]) for m, b in which]
     def both(script): return [(script, f"{script}-{side}-llama", [f"{script}.py", side, "llama", work]) for side in ("unsloth", "plain")]
-    generate = both("generate")
-    return [[("models", "models-llama", ["models.py", "llama", work]), ("models", "models-embedded", ["models.py", "embedded", work])],
-        both("speed") + generate[:1] + precision("speed", BITS[0]),
-        generate[1:] + precision("speed", BITS[1]),
-        [("correct", f"correct-{m}", ["correct.py", m, work]) for m in ("llama", "embedded")],
-        precision("unsloth", *BITS), precision("plain", *BITS),
-        [("notebook", "notebook-llama", ["notebook.py", "llama", work])], [("notebook", "notebook-embedded", ["notebook.py", "embedded", work, "--max-steps", 60])]]
+    def notebook(model, steps): return ("notebook", f"notebook-{model}", ["notebook.py", model, work, "--max-steps", steps])
+    return [[("models", f"models-{m}", ["models.py", m, work]) for m in ("llama", "embedded")],
+        [("correct", f"correct-{m}", ["correct.py", m, work]) for m in ("llama", "embedded")] + precision("unsloth", *BITS),
+        precision("plain", *BITS) + [notebook("embedded", 60)],
+        both("speed") + [("settings", "speed-settings-llama", ["speed.py", "settings", "llama", work])] + both("generate") + precision("speed", *BITS[:2]),
+        [notebook("llama", 200)]]
 
 def start(name, command, args):
     "One part as a process of its own, with a log of its own"
@@ -42,21 +41,22 @@ def together(group, args):
     running = {name: start(name, command, args) for name, command in group}
     for name, process in running.items():
         code = process.wait()
-        print(f"{time.time() - begin:6.0f} s  {name}" + (f"  FAILED ({code}): {KEPT/name}.log" if code else ""), flush=True)
+        print(f"{time.time() - begin:6.0f} s  {name}" + (f"  FAILED ({code})" if code else ""), flush=True)
+        if code: print("\n".join((KEPT/f"{name}.log").read_text(errors="replace").splitlines()[-12:]), flush=True)
 
 def main(args):
     KEPT.mkdir(parents=True, exist_ok=True)
     keep("machine", {"machine": machine()})
     for group in parts(args.work):
-        wanted = [(name, command) for kind, name, command in group if kind == "models" or ((not args.only or kind in args.only) and not (KEPT/f"{name}.json").exists())]
-        wanted = [w for w in wanted if w[0].startswith("models") or args.match in w[0]]
-        if args.small: wanted = [w for w in wanted if "-4" not in w[0] and "speed-plain" not in w[0]] # 4 bits, and TRL without Unsloth, want a GPU
+        asked = [(name, command) for kind, name, command in group if kind == "models" or (not args.only or kind in args.only) and args.match in name]
+        wanted = [(name, command) for name, command in asked if not (KEPT/f"{name}.json").exists()]
+        if args.small: wanted = [w for w in wanted if "-4" not in w[0] and "speed-plain" not in w[0] and "precision-speed" not in w[0]] # 4 bits, and TRL without Unsloth, want a GPU
         together(wanted, args)
     print(tables())
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", choices=["speed", "generate", "correct", "precision", "notebook"])
+    parser.add_argument("--only", nargs="*", choices=["speed", "settings", "generate", "correct", "precision", "notebook"])
     parser.add_argument("--match", default="", help="only parts with this in their name, such as embedded")
     parser.add_argument("--work", type=Path, default=Path("outputs/bench/gpu-models"), help="where the models are made")
     parser.add_argument("--rows", type=Path, default=Path("data/sample.jsonl")); parser.add_argument("--small", action="store_true")

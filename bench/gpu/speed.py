@@ -1,24 +1,40 @@
 """Training side by side on one card: descgen, Unsloth as its notebooks set it, TRL with PEFT as its documentation shows; useful tokens a second, memory, share of the card's rate.
 
     python bench/gpu/speed.py unsloth llama WORK    # descgen, Unsloth padded, Unsloth with packing=True
-    python bench/gpu/speed.py plain llama WORK      # TRL + PEFT in 4 bits and in bf16
+    python bench/gpu/speed.py plain llama WORK      # TRL + PEFT
+    python bench/gpu/speed.py settings llama WORK   # descgen alone: what each setting does, and the recipes within the memory of the cards they are for
 
-Both may be started together: they measure by turns. Each way gets about the same number of useful tokens; the first two steps do not count.
+The first two may be started together: they measure by turns. Each way gets about the same number of useful tokens; the first two steps do not count.
 """
 import argparse, json, math, statistics, tempfile
+from contextlib import contextmanager
 from pathlib import Path
+
+import yaml
 
 from measure import ROOT, flop_per_token, forget_peak, has_gpu, keep, matmul_rate, now, peak_gb, turn
 from models import model_folder, read_rows
 
-SEED = dict(per_device_train_batch_size=16, gradient_accumulation_steps=2, lora_dropout=0.05, gradient_checkpointing=True, load_in_4bit=True)
-BEST = dict(per_device_train_batch_size=16, gradient_accumulation_steps=2, lora_dropout=0, gradient_checkpointing=False, load_in_4bit=False)
-SETTINGS = {"seed": SEED, "best": BEST}
-LORA = dict(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 WARM, TOKENS = 2, 130_000 # steps that do not count; useful tokens that do, about
+CARDS = {"t4": 14, "a100": 39, "h200": None} # GB that a process may have on a card: PyTorch's share, beside the driver's half a GB
+LEAN = dict(lora_dropout=0, gradient_checkpointing=False)
+TRIED = {"seed": {}, "no dropout": dict(lora_dropout=0), "nothing computed again": dict(gradient_checkpointing=False), "neither": LEAN,
+    "neither, 16 bits": LEAN | dict(load_in_4bit=False),
+    "neither, 16 bits, 1 row a pack": LEAN | dict(load_in_4bit=False, packing=False, per_device_train_batch_size=96),
+    **{f"neither, 16 bits, {n} packs": LEAN | dict(load_in_4bit=False, per_device_train_batch_size=n) for n in (4, 8, 24)},
+    "neither, 4 packs": LEAN | dict(per_device_train_batch_size=4), "neither, 4 packs, fp16": LEAN | dict(per_device_train_batch_size=4, bf16=False, fp16=True)}
+
+def recipe(source, small, *names, **more):
+    "The notebook's defaults with recipes of the folder `recipes`, for this model; small for a try"
+    from descgen.train import check_recipe, read_defaults, resolve
+    files = [yaml.safe_load((ROOT/"recipes"/f"{n}.yaml").read_text(encoding="utf-8")) for n in names]
+    values = read_defaults(ROOT/"fine_tune_llama3.ipynb") | {k: v for f in files for k, v in f.items()} | more
+    values |= dict(model_id=str(source), data_path=str(ROOT/"data"/"sample.jsonl"), output_dir=tempfile.mkdtemp(), save_steps=10**6)
+    if small: values |= dict(load_in_4bit=False, per_device_train_batch_size=2, fp16=False, bf16="auto")
+    return resolve(check_recipe(values))
 
 def conversations(rows):
-    "Rows as prompt and completion, as descgen trains them"
+    "Rows as descgen trains them, in the words of the documentation"
     from descgen.formatting import messages
     return [{"messages": messages(r["title"], r["content"])} for r in rows]
 
@@ -39,14 +55,16 @@ def rate(watch, model, card):
     seconds, tokens = watch.times[-1] - watch.times[WARM - 1], watch.tokens[-1] - watch.tokens[WARM - 1]
     return {"tokens a second": tokens/seconds, "useful tokens": tokens, "seconds": seconds, "gb": peak_gb(), "share of the card": tokens/seconds*flop_per_token(model.config)/card}
 
-def steps_for(per_step, tokens): return WARM + max(2, math.ceil(tokens/per_step))
+def steps_for(recipe, each, tokens):
+    "Steps with so many useful tokens, where a pack or row holds so many"
+    from descgen.train import effective_batch
+    return WARM + max(2, math.ceil(tokens/each/effective_batch(recipe)))
 
-def sft_config(settings, steps, folder, **more):
-    "Unsloth's and TRL's documented settings, with the recipe's optimizer and schedule"
+def sft_config(recipe, steps, **more):
+    "The recipe in TRL's words"
     from trl import SFTConfig
-    same = {k: settings[k] for k in ("per_device_train_batch_size", "gradient_accumulation_steps")}
-    return SFTConfig(**same, max_steps=steps, warmup_steps=10, learning_rate=3e-5, lr_scheduler_type="cosine", seed=42, logging_steps=1, save_strategy="no",
-        optim="paged_adamw_8bit" if has_gpu() else "adamw_torch", bf16=has_gpu(), max_length=1024, output_dir=folder, report_to="none", disable_tqdm=True, **more)
+    same = ("per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps", "learning_rate", "lr_scheduler_type", "seed", "logging_steps", "optim", "max_length", "output_dir")
+    return SFTConfig(**{k: getattr(recipe, k) for k in same}, max_steps=steps, save_strategy="no", bf16=has_gpu(), report_to="none", disable_tqdm=True, **more)
 
 def run_sft(model, tokenizer, config, texts, watch):
     "TRL's trainer as the documentation calls it"
@@ -55,84 +73,121 @@ def run_sft(model, tokenizer, config, texts, watch):
     trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(texts), processing_class=tokenizer, callbacks=[watch])
     trainer.train()
 
-def descgen(source, settings, rows, tokens, watch):
-    "descgen's own stages: packs of 1024 tokens, one row a batch"
+@contextmanager
+def compiled(on):
+    "The trainer's own option to compile"
+    from descgen import train as stage
+    plain = stage.training_arguments
+    def with_compile(*args):
+        arguments = plain(*args)
+        arguments.torch_compile, arguments.torch_compile_backend = True, "inductor"
+        return arguments
+    if on: stage.training_arguments = with_compile
+    try: yield
+    finally: stage.training_arguments = plain
+
+def descgen(recipe, rows, tokens, watch, compile=False):
+    "descgen's own stages: packs, one row a batch"
     from datasets import Dataset
     from descgen.formatting import Packs, template_parts
     from descgen.model import add_lora, load_model
-    from descgen.train import check_recipe, read_defaults, resolve, train
-    folder = tempfile.mkdtemp()
-    steps = steps_for(settings["per_device_train_batch_size"]*settings["gradient_accumulation_steps"]*1000, tokens)
-    recipe = resolve(check_recipe({**read_defaults(ROOT/"fine_tune_llama3.ipynb"), **settings, "max_steps": steps, "output_dir": folder, "model_id": str(source)}))
-    model, tokenizer = load_model(str(source), 2048, recipe.load_in_4bit, "bfloat16")
-    model = add_lora(model, **LORA, lora_dropout=recipe.lora_dropout, gradient_checkpointing=recipe.gradient_checkpointing)
+    from descgen.train import compute_dtype, train
+    model, tokenizer = load_model(recipe.model_id, recipe.max_seq_length, recipe.load_in_4bit, compute_dtype(recipe))
+    packs = Packs(Dataset.from_list(rows), tokenizer, template_parts(tokenizer), recipe.max_length, recipe.loss_on, packing=recipe.packing)
+    each = statistics.mean(len(packs[i]["input_ids"]) for i in range(32))
+    model = add_lora(model, recipe.r, recipe.lora_alpha, recipe.lora_dropout, recipe.target_modules, recipe.gradient_checkpointing)
     model.register_forward_pre_hook(watch.count, with_kwargs=True)
-    train(model, tokenizer, Packs(Dataset.from_list(rows), tokenizer, template_parts(tokenizer), recipe.max_length), recipe, callbacks=[watch])
+    with compiled(compile): train(model, tokenizer, packs, recipe.model_copy(update={"max_steps": steps_for(recipe, each, tokens)}), callbacks=[watch])
     return model
 
 def unsloth_way(packing):
     "Unsloth as its notebooks call it, with the chat template's text"
-    def way(source, settings, rows, tokens, watch):
+    def way(recipe, rows, tokens, watch):
         from unsloth import FastLanguageModel
         import torch
-        model, tokenizer = FastLanguageModel.from_pretrained(str(source), max_seq_length=2048, load_in_4bit=settings["load_in_4bit"], dtype=torch.bfloat16)
-        model = FastLanguageModel.get_peft_model(model, **LORA, lora_dropout=settings["lora_dropout"], bias="none", random_state=42,
-            use_gradient_checkpointing="unsloth" if settings["gradient_checkpointing"] else False)
+        model, tokenizer = FastLanguageModel.from_pretrained(recipe.model_id, max_seq_length=recipe.max_seq_length, load_in_4bit=recipe.load_in_4bit, dtype=torch.bfloat16)
+        model = FastLanguageModel.get_peft_model(model, r=recipe.r, lora_alpha=recipe.lora_alpha, target_modules=recipe.target_modules, lora_dropout=recipe.lora_dropout,
+            bias="none", random_state=recipe.seed, use_gradient_checkpointing="unsloth" if recipe.gradient_checkpointing else False)
         model.register_forward_pre_hook(watch.count, with_kwargs=True)
-        per_step = settings["per_device_train_batch_size"]*settings["gradient_accumulation_steps"]*(1000 if packing else mean_length(tokenizer, rows))
+        steps = steps_for(recipe, 1000 if packing else mean_length(tokenizer, rows), tokens)
         texts = [{"text": tokenizer.apply_chat_template(c["messages"], tokenize=False)} for c in conversations(rows)]
-        config = sft_config(settings, steps_for(per_step, tokens), tempfile.mkdtemp(), packing=packing, dataset_text_field="text")
-        run_sft(model, tokenizer, config, texts, watch)
+        run_sft(model, tokenizer, sft_config(recipe, steps, packing=packing, dataset_text_field="text"), texts, watch)
         return model
     return way
 
 def mean_length(tokenizer, rows):
     return statistics.mean(len(tokenizer(tokenizer.apply_chat_template(c["messages"], tokenize=False)).input_ids) for c in conversations(rows[:64]))
 
-def plain(source, settings, rows, tokens, watch):
+def plain(recipe, rows, tokens, watch):
     "TRL and PEFT as their documentation shows them: conversations, padded"
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, device_map={"": 0} if has_gpu() else None,
-        quantization_config=four if settings["load_in_4bit"] else None)
-    if settings["load_in_4bit"]: model = prepare_model_for_kbit_training(model, settings["gradient_checkpointing"])
-    model, tokenizer = get_peft_model(model, LoraConfig(**LORA, lora_dropout=settings["lora_dropout"], task_type="CAUSAL_LM")), AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(recipe.model_id, dtype=torch.bfloat16, device_map={"": 0} if has_gpu() else None,
+        quantization_config=four if recipe.load_in_4bit else None)
+    if recipe.load_in_4bit: model = prepare_model_for_kbit_training(model, recipe.gradient_checkpointing)
+    model = get_peft_model(model, LoraConfig(r=recipe.r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, target_modules=recipe.target_modules, task_type="CAUSAL_LM"))
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model_id)
     model.register_forward_pre_hook(watch.count, with_kwargs=True)
-    per_step = settings["per_device_train_batch_size"]*settings["gradient_accumulation_steps"]*mean_length(tokenizer, rows)
-    config = sft_config(settings, steps_for(per_step, tokens), tempfile.mkdtemp(), gradient_checkpointing=settings["gradient_checkpointing"])
+    config = sft_config(recipe, steps_for(recipe, mean_length(tokenizer, rows), tokens), gradient_checkpointing=recipe.gradient_checkpointing)
     run_sft(model, tokenizer, config, conversations(rows), watch)
     return model
 
 WAYS = {"unsloth": {"descgen": descgen, "Unsloth, padded": unsloth_way(False), "Unsloth, packing=True": unsloth_way(True)},
     "plain": {"TRL + PEFT, padded": plain}}
 
-def measure(way, source, settings, rows, tokens, card):
-    "One way once"
+@contextmanager
+def memory_of(gb):
+    "No more memory than another card has"
+    import torch
+    limit = gb*1e9/torch.cuda.get_device_properties(0).total_memory if gb and has_gpu() else 1.
+    if has_gpu(): torch.cuda.set_per_process_memory_fraction(min(1., limit))
+    try: yield
+    finally:
+        if has_gpu(): torch.cuda.set_per_process_memory_fraction(1.)
+
+def measure(way, recipe, rows, tokens, card, **more):
+    "One way once; the error where it does not run"
     forget_peak()
     watch = watched()
-    model = way(source, settings, rows, tokens, watch)
-    return rate(watch, model, card)
+    try: return rate(watch, way(recipe, rows, tokens, watch, **more), card)
+    except Exception as e: return {"failed": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}"}
+
+def side_by_side(args, source, rows, tokens, card):
+    "Every way at the seed's settings and at the fastest recipe, round by round"
+    found = {}
+    for _ in range(args.rounds):
+        for name, files in {"the seed's settings": (), "recipes/h200.yaml": ("best", "h200")}.items():
+            for way, f in WAYS[args.side].items(): found.setdefault(f"{name}: {way}", []).append(measure(f, recipe(source, args.small, *files, loss_on="all"), rows, tokens, card))
+    return found
+
+def settings(args, source, rows, tokens, card):
+    "descgen with one setting after another, and the recipes as they are, each within its card's memory; what is measured is kept at once"
+    found = {}
+    def note(name, *files, **more):
+        compile = more.pop("compile", False)
+        found[name] = [measure(descgen, recipe(source, args.small, *files, **more), rows, tokens, card, compile=compile)]
+        print(keep(f"speed-settings-{args.model}", {"card": card, "found": found})["found"][name], flush=True)
+    for name, more in TRIED.items(): note(name, **more)
+    for name, gb in CARDS.items():
+        with memory_of(gb): note(f"recipes/best.yaml and {name}.yaml", "best", name)
+    if has_gpu(): note("neither, 16 bits, compiled", **LEAN, load_in_4bit=False, compile=True)
+    return found
 
 def main(args):
-    "Every way at every setting, round by round"
-    if args.side == "unsloth": import unsloth
-    source, rows, found = model_folder(args.model, args.work, args.small), read_rows(args.rows), {}
-    rows = rows*(1 + 40_000//len(rows)) if not args.small else rows[:40] # enough for every way; nobody looks at the loss
+    if args.side != "plain": import unsloth
+    source, rows = model_folder(args.model, args.work, args.small), read_rows(args.rows)
+    rows = rows*(1 + 8000//len(rows)) if not args.small else rows[:40] # enough for every way; nobody looks at the loss
     import trl, datasets # before the turn
     with turn():
         card = matmul_rate()
-        for _ in range(args.rounds):
-            for name, settings in SETTINGS.items():
-                for way, f in WAYS[args.side].items():
-                    settings = {**settings, **({"load_in_4bit": False, "per_device_train_batch_size": 2} if args.small else {})}
-                    found.setdefault(f"{name}: {way}", []).append(measure(f, source, settings, rows, 200 if args.small else TOKENS, card))
+        found = (settings if args.side == "settings" else side_by_side)(args, source, rows, 200 if args.small else TOKENS, card)
     return {"card": card, "found": found}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("side", choices=WAYS); parser.add_argument("model", choices=["llama", "embedded"]); parser.add_argument("work", type=Path)
+    parser.add_argument("side", choices=[*WAYS, "settings"]); parser.add_argument("model", choices=["llama", "embedded"]); parser.add_argument("work", type=Path)
     parser.add_argument("--rows", type=Path, default=Path("data/sample.jsonl")); parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--small", action="store_true", help="a tiny model, for a try without a GPU")
     args = parser.parse_args()

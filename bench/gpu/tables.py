@@ -11,13 +11,19 @@ WAYS = ("stock", "one product")
 
 def table(head, rows): return ["", "| " + " | ".join(head) + " |", "|" + "---|"*len(head), *("| " + " | ".join(map(str, r)) + " |" for r in rows), ""] if rows else []
 
+def speed_row(name, runs):
+    "A table's row; the reason where a way did not run"
+    ran = [r for r in runs if "gb" in r]
+    if not ran: return [*name.split(": ", 1), runs[0]["failed"], "", ""]
+    return [*name.split(": ", 1), f"{statistics.median(r['tokens a second'] for r in ran):,.0f}", f"{max(r['gb'] for r in ran):.1f} GB", f"{statistics.median(r['share of the card'] for r in ran):.0%}"]
+
 def speed():
     "Tokens a second, memory and share of the card's rate"
-    both = [kept(f"speed-{side}-llama") for side in ("unsloth", "plain")]
-    rows = [[*name.split(": ", 1), f"{statistics.median(r['tokens a second'] for r in runs):,.0f}", f"{max(r['gb'] for r in runs):.1f} GB",
-        f"{statistics.median(r['share of the card'] for r in runs):.0%}"] for found in both for name, runs in found.get("found", {}).items()]
-    rates = " and ".join(f"{found['card']/1e12:.0f}" for found in both if found)
-    return ([f"Training, Llama 3.2 1B's shape. Measured rate of the card's bf16 products: {rates} TFLOP/s."] + table(["settings", "", "useful tokens a second", "peak memory", "share of that rate"], sorted(rows))) if rows else []
+    both, alone = [kept(f"speed-{side}-llama") for side in ("unsloth", "plain")], kept("speed-settings-llama")
+    rows = sorted(speed_row(*item) for found in both for item in found.get("found", {}).items())
+    rates = " and ".join(f"{found['card']/1e12:.0f}" for found in [*both, alone] if found)
+    lines = [f"Training Llama 3.2 1B's shape on all tokens. Measured rate of the card's bf16 products: {rates} TFLOP/s.", *table(["settings", "", "useful tokens a second", "peak memory", "share of that rate"], rows)] if rows else []
+    return lines + (["What each setting does, descgen alone.", *table(["settings", "useful tokens a second", "peak memory", "share of that rate"], [speed_row(*item) for item in alone["found"].items()])] if alone else [])
 
 def generate():
     "Descriptions a minute"
@@ -36,10 +42,11 @@ def losses_of(model, bits):
     return [[f"{model}, {bits} bits", *r] for r in rows + [[f"float32 {n} steps", of(plain, f"loss of float32 {n}, float32"), "", "", ""] for n in (4, 24) if f"loss of float32 {n}, float32" in plain]]
 
 def decoding_of(model, bits):
-    "The forced text's loss and time, token by token"
+    "The forced text's loss, token by token, and the time of a step in the speed measurement"
     mine, plain = kept(f"precision-unsloth-{model}-{bits}"), kept(f"precision-plain-{model}-{bits}").get("decoding, float32", {})
-    cells = lambda n: [f"{mine[f'decoding, {w}'][n]:.4f} ({mine[f'decoding, {w}'][n + ', ms a step']:.0f} ms)" for w in WAYS]
-    return [[f"{model}, {bits} bits", n, f"{plain[n]:.4f}" if plain else "", *cells(n)] for n in ("one at a time", "sixteen") if "decoding, stock" in mine]
+    times = kept(f"precision-speed-{model}-{bits}").get("decoding", {})
+    def cell(way, n): return f"{mine[f'decoding, {way}'][n]:.4f}" + (f" ({times[f'decoding, {way}'][n + ', ms a step']:.1f} ms)" if times else "")
+    return [[f"{model}, {bits} bits", n, f"{plain[n]:.4f}" if plain else "", *(cell(w, n) for w in WAYS)] for n in ("one at a time", "sixteen") if "decoding, stock" in mine]
 
 def precision():
     "Losses, what comes through, and what it costs"
@@ -49,8 +56,8 @@ def precision():
     through = [[f"{m}, {b} bits", name, *(f"{v:.3f}" for v in found.values())] for m, b in which for name, found in kept(f"precision-unsloth-{m}-{b}").get("come through", {}).items()]
     if through: lines += ["Share of an adapter's addition that comes through in a middle layer, after four steps."] + table(["base", "matrix", "Unsloth", "added by addmm", "one product", "addition in half units"], through)
     decoded = [r for m, b in which for r in decoding_of(m, b)]
-    if decoded: lines += ["Loss of a forced text where `generate` computes each token by itself, after four steps; time of a step."] + table(["base", "rows", "float32, whole", "Unsloth", "float32 sum"], decoded)
-    costs = [[f"{m}, {b} bits", name, *(f"{r[w]:,.0f}" for w in WAYS), f"{r['one product']/r['stock'] - 1:+.1%}"] for m, b in which for name, r in kept(f"precision-speed-{m}-{b}").items()]
+    if decoded: lines += ["Loss of a forced text where `generate` computes each token by itself, after four steps; time of a step."] + table(["base", "rows", "float32, whole", "Unsloth", "descgen"], decoded)
+    costs = [[f"{m}, {b} bits", name, *(f"{r[w]:,.0f}" for w in WAYS), f"{r['one product']/r['stock'] - 1:+.1%}"] for m, b in which for name, r in kept(f"precision-speed-{m}-{b}").items() if name != "decoding"]
     if costs: lines += ["What it costs: training tokens a second."] + table(["base", "settings", "Unsloth", "one product", ""], costs)
     return lines if any(line.startswith("| llama") or line.startswith("| embedded") for line in lines) else []
 
