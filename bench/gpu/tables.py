@@ -23,7 +23,7 @@ def speed():
     rows = sorted(speed_row(*item) for found in both for item in found.get("found", {}).items())
     rates = " and ".join(f"{found['card']/1e12:.0f}" for found in [*both, alone] if found)
     lines = [f"Training Llama 3.2 1B's shape on all tokens. Measured rate of the card's bf16 products: {rates} TFLOP/s.", *table(["settings", "", "useful tokens a second", "peak memory", "share of that rate"], rows)] if rows else []
-    return lines + (["What each setting does, descgen alone.", *table(["settings", "useful tokens a second", "peak memory", "share of that rate"], [speed_row(*item) for item in alone["found"].items()])] if alone else [])
+    return lines + ([f"What each setting does, descgen alone. Measured rate of the card's bf16 products: {alone['card']/1e12:.0f} TFLOP/s.", *table(["settings", "useful tokens a second", "peak memory", "share of that rate"], [speed_row(*item) for item in alone["found"].items()])] if alone else [])
 
 def generate():
     "Descriptions a minute"
@@ -63,7 +63,8 @@ def precision():
 
 def correct():
     "Proofs, as they were found"
-    rows = [[model, what, ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in (found.items() if isinstance(found, dict) else [("nats a token", found)]))]
+    def said(v): return f"{v:.3g}" if isinstance(v, float) else " and ".join(map(said, v)) if isinstance(v, list) else str(v)
+    rows = [[model, what, ", ".join(f"{k} {said(v)}" for k, v in (found.items() if isinstance(found, dict) else [("nats a token", found)]))]
         for model in ("llama", "embedded") for what, found in kept(f"correct-{model}").items()]
     return (["What holds on this card."] + table(["model", "", ""], rows)) if rows else []
 
