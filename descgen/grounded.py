@@ -5,21 +5,26 @@
 # %% auto #0
 __all__ = ['sizes', 'models_and_numbers', 'common_words', 'brands', 'claims', 'invented', 'longest_copies']
 
-# %% ../nbs/05a_grounded.ipynb #bcd20d00
-import re
+# %% ../nbs/05a_grounded.ipynb #4e72020d
+import calendar, re, unicodedata
 from difflib import SequenceMatcher
 
-# %% ../nbs/05a_grounded.ipynb #f8fcaaa0
+from .formatting import INSTRUCTION
+
+# %% ../nbs/05a_grounded.ipynb #7dd0b7d6
 _UNITS = {"inch": r"inch(?:es)?|in\b\.?|\"|”|''", "foot": r"f(?:oo|ee)?t\b\.?|'(?!\w)", "yard": r"yards?|yd\b", "cm": r"cm|centimet(?:er|re)s?", "mm": r"mm|millimet(?:er|re)s?", "m": r"m\b|met(?:er|re)s?",
     "ounce": r"(?:fl\.? ?)?oz\b\.?|(?:fluid )?ounces?", "pound": r"lbs?\b\.?|pounds?", "kg": r"kg|kilograms?", "g": r"g\b|grams?", "ml": r"ml|millilit(?:er|re)s?", "litre": r"l\b|lit(?:er|re)s?",
     "quart": r"quarts?|qt\b\.?", "gallon": r"gallons?|gal\b\.?", "watt": r"w\b|watts?", "volt": r"v\b|volts?", "mAh": r"mah", "hertz": r"hz|hertz", "GB": r"gb|gigabytes?", "TB": r"tb|terabytes?", "MB": r"mb|megabytes?",
-    "degree": r"°\s?[cf]?|degrees?", "percent": r"%|percent", "hour": r"hours?|hrs?\b", "minute": r"minutes?|min\b", "dollar": r"dollars?"}
-_FIGURE = r"\d+(?:[.,]\d+)*(?:[-\s]?\d/\d)?|\d/\d"
+    "degree": r"°\s?[cf]?|degrees?", "hour": r"hours?|hrs?\b", "minute": r"minutes?|min\b", "dollar": r"dollars?"}
+_FIGURE = r"\d+(?:[.,]\d+)*(?:[-\s]?\d/\d|\s?[½¼¾⅓⅔⅛])?|\d/\d|[½¼¾⅓⅔⅛]"
 _SIZE = re.compile(rf"(?<![\w.])({_FIGURE})[\s-]?(?:{'|'.join(f'(?P<u{i}>{u})' for i, u in enumerate(_UNITS.values()))})(?!\w)", re.I)
 _MODEL = re.compile(r"(?<!\w)(?=[\w-]*\d)(?=[\w-]*[A-Za-z])[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*(?!\w)")
 _PLAIN = re.compile(rf"(?<![\w.])(?:{_FIGURE})(?![\w])")
 
-def _figure(text): return re.sub(r"(?<=\d),(?=\d{3}\b)", "", text).replace("-", " ")
+def _figure(text):
+    "A figure in the form in which it is compared: 1,500 and 1500, 1-1/2 and 1½ are the same"
+    spaced = re.sub(r"(?<=\d)[-\s]?(?=[½¼¾⅓⅔⅛]|\d/\d)(?<!/)", " ", text)
+    return unicodedata.normalize("NFKD", re.sub(r"(?<=\d),(?=\d{3}\b)", "", spaced)).replace("⁄", "/")
 
 def sizes(
     text:str, # a description or a title
@@ -41,8 +46,9 @@ def models_and_numbers(
     numbers = re.findall(rf"(?<![\d.])(?:{_FIGURE})", rest)
     return [("model", m, m.lower().replace("-", "")) for m in models] + [("number", n, _figure(n)) for n in numbers]
 
-# %% ../nbs/05a_grounded.ipynb #c1c24617
+# %% ../nbs/05a_grounded.ipynb #e5b43f7c
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
+_NO_NAMES = {w.lower() for w in [*calendar.day_name, *calendar.month_name, *INSTRUCTION.strip(".").split(), "title"]}
 
 def common_words(
     texts, # descriptions of the training rows
@@ -58,7 +64,7 @@ def brands(
     found = []
     for m in _WORD.finditer(text):
         inside = re.search(r"[\w,;'’\")-]\s*$", text[:m.start()])
-        if inside and m[0][0].isupper() and len(m[0]) > 2 and m[0].lower() not in common: found.append(("brand", m[0], m[0].lower()))
+        if inside and m[0][0].isupper() and not m[0].isupper() and len(m[0]) > 3 and m[0].lower() not in common | _NO_NAMES: found.append(("brand", m[0], m[0].lower()))
     return found
 
 # %% ../nbs/05a_grounded.ipynb #7bbb5c07

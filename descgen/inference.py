@@ -95,7 +95,7 @@ def complete(
     if was_training: FastLanguageModel.for_training(model)
     return [said[i] for i in range(len(prompts))]
 
-# %% ../nbs/04_inference.ipynb #d72f424a
+# %% ../nbs/04_inference.ipynb #eab2b732
 def describe(
     model, # with or without an adapter
     tokenizer, # of the model
@@ -112,7 +112,7 @@ def describe(
     "Describe titles"
     parts = parts or template_parts(tokenizer)
     said = complete(model, tokenizer, [prompt_ids(t, tokenizer, parts) for t in titles], sample, temperature, top_p, max_new_tokens, batch_size, seed, progress)
-    return [t.strip() for t in tokenizer.batch_decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)]
+    return [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip() for ids in said]
 
 # %% ../nbs/04_inference.ipynb #259e01c6
 def stream(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['keep_mask', 'segments', 'unsloth_functions', 'swap', 'exact_layers']
 
-# %% ../nbs/01a_layers.ipynb #1d12d6a1
-import sys, types, weakref
+# %% ../nbs/01a_layers.ipynb #505261f6
+import os, sys, types, weakref
 from functools import lru_cache
 
 import unsloth # before transformers and peft, which it changes
@@ -143,6 +143,9 @@ def _mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
 
 AttentionInterface.register("example_by_example", _attend)
 AttentionMaskInterface.register("example_by_example", _mask)
+
+# %% ../nbs/01a_layers.ipynb #45f817bf
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100") # read when the first product is computed
 
 # %% ../nbs/01a_layers.ipynb #04adc885
 _kept = {} # the input that was copied last, and the copy with room behind it; gone with the input

@@ -269,7 +269,7 @@ def count_packs(
     if recipe.max_steps > 0: return recipe.max_steps*effective_batch(recipe)
     return max(1, round(recipe.num_train_epochs*packs.per_epoch()))
 
-# %% ../nbs/03_train.ipynb #e11dc0f2
+# %% ../nbs/03_train.ipynb #d689274d
 def _sizes(config, r, targets):
     "Numbers of a Llama's parameters: all matrices of its layers, embedding and output, the adapter"
     c, d = config, getattr(config, "head_dim", None) or config.hidden_size//config.num_attention_heads
@@ -281,11 +281,11 @@ def _sizes(config, r, targets):
 def _activations(config, recipe):
     "Bytes that a batch keeps for its backward pass"
     c, width = config, 4 if compute_dtype(recipe) == "float32" else 2
-    tokens, example = recipe.per_device_train_batch_size*recipe.max_length, min(recipe.max_length, 512)
+    tokens, asked = recipe.per_device_train_batch_size*recipe.max_length, 1 if recipe.loss_on == "all" else 0.5
     dice = 0 if has_cuda() or not recipe.lora_dropout else 6*c.hidden_size + c.intermediate_size
-    a_layer = width*(14*c.hidden_size + 4*c.intermediate_size + (0 if has_cuda() else c.num_attention_heads*example)) + dice
+    a_layer = width*(9*c.hidden_size + (2 if has_cuda() else 4)*c.intermediate_size + (0 if has_cuda() else 64*c.num_attention_heads)) + dice
     kept = width*c.hidden_size*c.num_hidden_layers + a_layer if recipe.gradient_checkpointing else a_layer*c.num_hidden_layers
-    logits = 4*4*min(tokens*c.vocab_size, 1 << 24) + (0 if has_cuda() else 10*512*c.vocab_size) # of training, four times over, and of the test loss
+    logits = 16*min(tokens*c.vocab_size, 1 << 24) if has_cuda() else (4*asked*tokens + 10*512)*c.vocab_size # a GPU makes them in parts; those of the test loss come last
     return tokens*kept + logits
 
 def estimate_memory(
@@ -296,7 +296,7 @@ def estimate_memory(
     body, rest, adapter = _sizes(config, recipe.r, recipe.target_modules)
     weight = 4 if compute_dtype(recipe) == "float32" and not has_cuda() else 2
     weights = (0.53 if recipe.load_in_4bit else weight)*body + weight*rest
-    libraries = 0 if has_cuda() else 0.9e9 # Python with PyTorch, Unsloth and the data
+    libraries = 0 if has_cuda() else 1e9 # Python with PyTorch, Unsloth and the data
     return (libraries + weights + (10 if "8bit" in recipe.optim else 16)*adapter + _activations(config, recipe))/1e9
 
 # %% ../nbs/03_train.ipynb #2a8222b8
