@@ -92,7 +92,7 @@ def plot_differences(
     plt.close(fig)
     return fig
 
-# %% ../nbs/05b_verdict.ipynb #5e6724f5
+# %% ../nbs/05b_verdict.ipynb #aa43ff20
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ name }}</title><style>
 :root{color-scheme:light dark;--line:#8884;--soft:#8881}
 body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;background:Canvas;color:CanvasText}
@@ -120,9 +120,10 @@ def _cell(found): return f"{_number(found['value'])} ({_number(found['low'])} to
 
 def score_table(
     part:dict, # scores, of all rows or a subset
+    measures:list[str]=list(MEASURES), # which; those that were not measured are left out
 )->tuple[list[str], list[list[str]]]: # head and rows
-    "Every measure of every contender with its interval"
-    measures = [m for m in MEASURES if any(m in v for v in part["values"].values())]
+    "Measures of every contender with their intervals"
+    measures = [m for m in measures if any(m in v for v in part["values"].values())]
     return ["", *measures], [[name, *(_cell(v[m]) if m in v else "" for m in measures)] for name, v in part["values"].items()]
 
 # %% ../nbs/05b_verdict.ipynb #81422470
