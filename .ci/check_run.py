@@ -1,10 +1,12 @@
-"Fails unless a finished run's notebook holds no error, its adapter loads and describes, and its test loss fell."
-import sys
+"Fails unless a finished run's notebook holds no error, its adapter loads and describes, its test loss fell, and its evaluation calls loss and chrF better than the base model's."
+import json, sys
 from pathlib import Path
 
 import nbformat
 from descgen.inference import describe, load_adapter
 from descgen.train import read_record
+from descgen.evaluation import BASE
+from descgen.verdict import outcome, verdict
 
 folder = Path(sys.argv[1])
 outputs = [o for c in nbformat.read(folder/"notebook.ipynb", 4).cells for o in c.get("outputs", [])]
@@ -14,4 +16,7 @@ loss = record["test_loss"]
 assert record["state"] == "finished" and loss["after"] < loss["before"], f"the test loss did not fall: {loss}"
 model, tokenizer = load_adapter(folder/"adapter")
 assert describe(model, tokenizer, ["Tin Whistle in D (Brass)"], sample=False, max_new_tokens=32)[0], "the adapter says nothing"
+found = json.loads((folder/"evaluation.json").read_text(encoding="utf-8"))
+for measure in ("loss", "chrF"): assert outcome(measure, found["scores"]["all"]["differences"][BASE][measure], found["scores"]["all"]["rows"]) == "better", f"{measure} is not better than the base model's"
+assert verdict(found)[:30] in (folder/"report.html").read_text(encoding="utf-8"), "the page does not say what the evaluation found"
 print(f"test loss {loss['before']:.3f} before, {loss['after']:.3f} after; adapter sha256 {record['adapter_sha256']}")

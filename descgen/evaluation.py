@@ -149,7 +149,7 @@ def rows_to_see(
     error = (found["high"] - found["low"])/(2*1.96)
     return max(2, math.ceil(rows*((1.96 + 0.84)*error/found["difference"])**2))
 
-# %% ../nbs/05_evaluation.ipynb #7589e563
+# %% ../nbs/05_evaluation.ipynb #cb872c58
 BASE, TUNED, GREEDY, NEAREST = "base model", "fine-tuned", ", greedy", "nearest title's description"
 MEASURES = { # what each is, and which way is better: 1 more, -1 less, 0 neither
     "loss": ("nats a completion token of the catalogue's description", -1), "bits a byte": ("the same in bits, by byte of the description", -1),
@@ -165,7 +165,7 @@ def write_all(
     titles:list[str], # to describe
     parts, # the template's, as in training
     recipe, # its sampling and seed
-    batch_size:int=16, # titles at once
+    batch_size:int=32, # titles at once
 )->dict: # contenders' names and for each title its text and whether it came to an end
     "What the fine-tuned model and its base say, with dice and greedy"
     from contextlib import nullcontext

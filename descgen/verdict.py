@@ -25,9 +25,11 @@ def outcome(
     way = MEASURES[measure][1]
     return "other" if not way else "better" if difference["difference"]*way > 0 else "worse"
 
-# %% ../nbs/05b_verdict.ipynb #04e98aa2
+# %% ../nbs/05b_verdict.ipynb #20eae7f3
 def _number(x): return "–" if x is None else f"{x:,.3f}" if abs(x) < 10 else f"{x:,.1f}"
 def _signed(x): return "–" if x is None else f"{x:+,.3f}" if abs(x) < 10 else f"{x:+,.1f}"
+
+_NAMED = {"invented": "share of invented claims"}
 
 def _sentence(measure, part, other):
     "One comparison in words"
@@ -37,7 +39,8 @@ def _sentence(measure, part, other):
     need = rows_to_see(d, n)
     more = f"; a difference of this size would want about {need:,} test rows to be seen" if said == "cannot be told apart" and need and n >= 10 else ""
     joined = f"{said} from" if said == "cannot be told apart" else f"{said} than"
-    return f"{measure} {joined} the {other}'s: {_number(mine)} against {_number(theirs)} ({_signed(d['difference'])}, from {_signed(d['low'])} to {_signed(d['high'])}{more})"
+    whose = f"the {other}" if GREEDY not in other else f"the {other.removesuffix(GREEDY)} where both write greedily"
+    return f"{_NAMED.get(measure, measure)} {joined} that of {whose}: {_number(mine)} against {_number(theirs)} ({_signed(d['difference'])}, from {_signed(d['low'])} to {_signed(d['high'])}{more})"
 
 _ASKED = {BASE: ("loss", "chrF", "invented"), BASE + GREEDY: ("chrF",), NEAREST: ("chrF",)} # what the paragraph speaks of
 
@@ -92,7 +95,7 @@ def plot_differences(
     plt.close(fig)
     return fig
 
-# %% ../nbs/05b_verdict.ipynb #aa43ff20
+# %% ../nbs/05b_verdict.ipynb #37416890
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ name }}</title><style>
 :root{color-scheme:light dark;--line:#8884;--soft:#8881}
 body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;background:Canvas;color:CanvasText}
@@ -100,7 +103,7 @@ h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}.wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:13px}th,td{border-bottom:1px solid var(--line);padding:.35rem .5rem;text-align:left;vertical-align:top}
 td{overflow-wrap:anywhere}td.n{white-space:nowrap;font-variant-numeric:tabular-nums}small{opacity:.75}
 figure{margin:1rem 0;background:#fff;border-radius:6px;padding:.5rem}figure svg{max-width:100%;height:auto}p.verdict{font-size:1.05rem}.said td{white-space:pre-wrap}
-@media print{body{max-width:none;margin:0;font-size:10pt}h2,figure,tr{break-inside:avoid}}
+@page{margin:14mm}@media print{body{max-width:none;margin:0;padding:0;font-size:10pt}table{font-size:8pt}td.n{white-space:normal}.wide{overflow:visible}figure,tr{break-inside:avoid}}
 </style><h1>{{ name }}</h1><p class="verdict">{{ words }}</p>{% if left_out %}<p>{{ left_out }} test rows were left out: without a description, or too long for the model.</p>{% endif %}
 {% for caption, svg in plots %}<figure>{{ svg|safe }}<figcaption><small style="color:#333">{{ caption }}</small></figcaption></figure>{% endfor %}
 {% for title, head, rows in tables %}<h2>{{ title }}</h2><div class="wide"><table><tr>{% for h in head %}<th>{{ h }}</th>{% endfor %}</tr>
@@ -126,11 +129,12 @@ def score_table(
     measures = [m for m in measures if any(m in v for v in part["values"].values())]
     return ["", *measures], [[name, *(_cell(v[m]) if m in v else "" for m in measures)] for name, v in part["values"].items()]
 
-# %% ../nbs/05b_verdict.ipynb #81422470
+# %% ../nbs/05b_verdict.ipynb #2ef12390
 def _tables(found):
     "The page's tables: scores, all and by subset, with how often different words were used"
     names = {"all": "All test rows", "clean": "Test rows without a near copy among the training rows", "leaked": "Test rows of which the training rows hold a near copy"}
-    tables = [(f"{names[k]} ({part['rows']})", *score_table(part)) for k, part in found["scores"].items()]
+    def turned(head, rows): return ["", *(r[0] for r in rows)], [[m, *(r[i] for r in rows)] for i, m in enumerate(head[1:], 1)] # a row a measure, so that it fits on paper
+    tables = [(f"{names[k]} ({part['rows']})", *turned(*score_table(part))) for k, part in found["scores"].items()]
     return tables + ([("Different pairs of words, % of all (no interval: a resample repeats texts)", ["", "distinct-2"], [[n, _number(v)] for n, v in found["distinct"].items()])] if found.get("distinct") else [])
 
 def write_report(
