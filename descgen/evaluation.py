@@ -7,18 +7,17 @@ __all__ = ['BASE', 'TUNED', 'GREEDY', 'NEAREST', 'MEASURES', 'nearest', 'most_ty
            'loss_columns', 'value', 'resamples', 'compare', 'rows_to_see', 'write_all', 'baselines', 'similarity',
            'columns_of', 'scores', 'evaluate']
 
-# %% ../nbs/05_evaluation.ipynb #fc6d5b70
+# %% ../nbs/05_evaluation.ipynb #0a222c31
 import math, re
-from collections import Counter
 from functools import lru_cache
 
 import numpy as np
 
-# %% ../nbs/05_evaluation.ipynb #4d17ab87
-def _vectors(texts, **more):
+# %% ../nbs/05_evaluation.ipynb #0b3b5864
+def _vectors(texts):
     "TF-IDF of words and pairs of words, in any script; the vectorizer and its rows"
     from sklearn.feature_extraction.text import TfidfVectorizer
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+", **more)
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+")
     return vectorizer, vectorizer.fit_transform(texts)
 
 def nearest(

@@ -11,7 +11,7 @@ from difflib import SequenceMatcher
 
 from .formatting import INSTRUCTION
 
-# %% ../nbs/05a_grounded.ipynb #7dd0b7d6
+# %% ../nbs/05a_grounded.ipynb #77d8ba76
 _UNITS = {"inch": r"inch(?:es)?|in\b\.?|\"|”|''", "foot": r"f(?:oo|ee)?t\b\.?|'(?!\w)", "yard": r"yards?|yd\b", "cm": r"cm|centimet(?:er|re)s?", "mm": r"mm|millimet(?:er|re)s?", "m": r"m\b|met(?:er|re)s?",
     "ounce": r"(?:fl\.? ?)?oz\b\.?|(?:fluid )?ounces?", "pound": r"lbs?\b\.?|pounds?", "kg": r"kg|kilograms?", "g": r"g\b|grams?", "ml": r"ml|millilit(?:er|re)s?", "litre": r"l\b|lit(?:er|re)s?",
     "quart": r"quarts?|qt\b\.?", "gallon": r"gallons?|gal\b\.?", "watt": r"w\b|watts?", "volt": r"v\b|volts?", "mAh": r"mah", "hertz": r"hz|hertz", "GB": r"gb|gigabytes?", "TB": r"tb|terabytes?", "MB": r"mb|megabytes?",
@@ -19,7 +19,6 @@ _UNITS = {"inch": r"inch(?:es)?|in\b\.?|\"|”|''", "foot": r"f(?:oo|ee)?t\b\.?|
 _FIGURE = r"\d+(?:[.,]\d+)*(?:[-\s]?\d/\d|\s?[½¼¾⅓⅔⅛])?|\d/\d|[½¼¾⅓⅔⅛]"
 _SIZE = re.compile(rf"(?<![\w.])({_FIGURE})[\s-]?(?:{'|'.join(f'(?P<u{i}>{u})' for i, u in enumerate(_UNITS.values()))})(?!\w)", re.I)
 _MODEL = re.compile(r"(?<!\w)(?=[\w-]*\d)(?=[\w-]*[A-Za-z])[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*(?!\w)")
-_PLAIN = re.compile(rf"(?<![\w.])(?:{_FIGURE})(?![\w])")
 
 def _figure(text):
     "A figure in the form in which it is compared: 1,500 and 1500, 1-1/2 and 1½ are the same"

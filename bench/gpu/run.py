@@ -1,6 +1,6 @@
 """Everything that is measured on a GPU, by one command; the tables are printed last.
 
-    python bench/gpu/run.py                      # all of it: 20 to 30 minutes on one H100, half of them imports, compilation and loading
+    python bench/gpu/run.py                      # all of it; much of the time goes into imports, compilation and loading
     python bench/gpu/run.py --only speed generate    # some of it; what was measured before is kept, and a second call goes on where the first was
     python bench/gpu/run.py --small              # a try without a GPU: a tiny model, a little of everything
 
