@@ -46,7 +46,9 @@ def strip_tags(
     texts:pl.Series, # strings, their entities unescaped
 )->pl.Series: # the same without HTML
     "Text without HTML tags, comments and scripts; a line for each block"
-    def strip(t): return t.str.replace_all(_HIDDEN, "").str.replace_all(_tag(_INLINE), "").str.replace_all(rf"\s*(?:{_tag(_BLOCKS)}\s*)+", "\n")
+    def strip(t):
+        "Texts without tags: what they hide goes too, and blocks become lines"
+        return t.str.replace_all(_HIDDEN, "").str.replace_all(_tag(_INLINE), "").str.replace_all(rf"\s*(?:{_tag(_BLOCKS)}\s*)+", "\n")
     return _where(texts, texts.str.contains(f"{_tag(f'{_BLOCKS}|{_INLINE}')}|{_HIDDEN}"), strip)
 
 # %% ../nbs/00a_clean.ipynb #c015
@@ -84,7 +86,9 @@ def squeeze(
     texts:pl.Series, # strings
 )->pl.Series: # the same with single spaces
     "Text with its white space in order"
-    def lines(t): return t.str.replace_all(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]", "\n").str.replace_all(r"[^\S\n ][^\S\n]*| [^\S\n]+", " ")
+    def lines(t):
+        "One kind of line end, and one space where there were several"
+        return t.str.replace_all(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]", "\n").str.replace_all(r"[^\S\n ][^\S\n]*| [^\S\n]+", " ")
     texts = _where(texts, texts.str.contains(r"[^\S\n ]| [^\S\n]"), lines)
     return _where(texts, texts.str.contains("\n[ \n]| \n"), lambda t: t.str.replace_all(r" ?\n ?", "\n").str.replace_all(r"\n{3,}", "\n\n")).str.strip_chars()
 

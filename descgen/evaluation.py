@@ -158,6 +158,7 @@ MEASURES = { # what each is, and which way is better: 1 more, -1 less, 0 neither
     "invented": ("% of stated numbers, sizes, models and brands that neither the title nor the nearest training rows hold", -1),
     "copied": ("% of texts that share a run of eight words or more with a training description", -1), "similarity": ("cosine of sentence embeddings with the catalogue's description, 0 to 100", 1)}
 
+# %% ../nbs/05_evaluation.ipynb #dcbf26bf
 def write_all(
     model, # with its adapter
     tokenizer, # of the model
@@ -204,6 +205,7 @@ def similarity(
     folder = Path(found.submodule_search_locations[0])/"model"
     encoder, tokenizer = AutoModel.from_pretrained(folder, use_safetensors=True).eval(), AutoTokenizer.from_pretrained(folder)
     def embed(batch):
+        "Unit vectors of texts"
         given = tokenizer(batch, padding=True, truncation=True, max_length=256, return_tensors="pt")
         with torch.no_grad(): hidden = encoder(**given).last_hidden_state
         mean = (hidden*given["attention_mask"][..., None]).sum(1)/given["attention_mask"].sum(1, keepdim=True)
@@ -239,6 +241,7 @@ def _interval(columns, draws):
     "A measure of one contender, and the middle 95 % of its resamples"
     return {"value": _finite(value(columns.sum(0)))} | _middle(value(draws @ columns))
 
+# %% ../nbs/05_evaluation.ipynb #1c27615f
 def scores(
     columns:dict, # by contender and measure, from `columns_of` and `loss_columns`
     seed:int=42, # of the resamples
@@ -278,6 +281,7 @@ def evaluate(
             "said": {n: [list(pair) for pair in pairs] for n, pairs in said.items()}, "distinct": {n: distinct([t for t, _ in pairs]) for n, pairs in said.items()},
             "chrF": {n: c["chrF"][:, 0].tolist() for n, c in columns.items()}, "scores": _by_subset(columns, [i in leaked for i in numbers], recipe.seed)}
 
+# %% ../nbs/05_evaluation.ipynb #5a77149b
 def _by_subset(columns, leaked, seed):
     "Scores of all rows, and apart where there are both kinds"
     which = {"all": [True]*len(leaked)} | ({"clean": [not x for x in leaked], "leaked": leaked} if any(leaked) and not all(leaked) else {})

@@ -148,6 +148,7 @@ def show_labels(
 )->str: # HTML, shown by the notebook; every token is escaped
     "An example token by token: marked where it is learnt, plain where it is only read"
     def box(i, label):
+        "One token as a box, coloured where it is learnt"
         text = html.escape(tokenizer.decode([i], clean_up_tokenization_spaces=False)).replace("\n", "↵") or "·"
         return f"<mark>{text}</mark>" if label != IGNORE else f"<code>{text}</code>"
     boxes = " ".join(box(i, label) for i, label in zip(example["input_ids"], example["labels"]))
@@ -181,6 +182,7 @@ def _pack(example_lists):
         positions += range(len(e["input_ids"]))
     return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
+# %% ../nbs/01_formatting.ipynb #1e04a8eb
 def pack_examples(
     examples:list[dict], # from `encode_row`
     length:int=1024, # tokens at most in a pack: no example may be longer

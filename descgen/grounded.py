@@ -29,7 +29,9 @@ def sizes(
     text:str, # a description or a title
 )->list[tuple[str, str, tuple]]: # kind, what was written, and what is compared
     "Numbers with their units"
-    def unit(m): return list(_UNITS)[next(i for i in range(len(_UNITS)) if m[f"u{i}"])]
+    def unit(m):
+        "The name of a found unit"
+        return list(_UNITS)[next(i for i in range(len(_UNITS)) if m[f"u{i}"])]
     return [("size", m[0], (_figure(m[1]), unit(m))) for m in _SIZE.finditer(text)]
 
 # %% ../nbs/05a_grounded.ipynb #2ab4bca8

@@ -135,6 +135,7 @@ def stream(
     streamer, failed = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False), []
     batch = _left_padded([prompt_ids(title, tokenizer, parts or template_parts(tokenizer))], tokenizer, model.device)
     def write():
+        "Generate into the streamer; keep what goes wrong"
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)

@@ -33,10 +33,12 @@ def _matrix(base, dtype):
     from bitsandbytes.functional import dequantize_4bit
     return dequantize_4bit(base.weight.data, state).to(dtype)
 
+# %% ../nbs/01a_layers.ipynb #ce2feb13
 class _AddOnce(torch.autograd.Function):
     "`W·x + scale·B·A·dropout(x)`, rounded once (LoRA: https://arxiv.org/abs/2106.09685)"
     @staticmethod
     def forward(ctx, x, A, B, base, scale, p):
+        "The values, and what the way back needs"
         rows, ctx.scale, ctx.base = x.reshape(-1, x.shape[-1]), scale/(1 - p), base
         A, B, kept = A.to(x.dtype), (B*ctx.scale).to(x.dtype), keep_mask(rows, p) if p else None
         inner = (rows if kept is None else rows*kept) @ A.T
@@ -46,6 +48,7 @@ class _AddOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        "The gradients"
         rows, A, B, inner, kept = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         to_inner = g @ B
@@ -105,6 +108,7 @@ class _Apart(torch.autograd.Function):
     "Causal attention of the examples of a row, each for itself"
     @staticmethod
     def forward(ctx, q, k, v, parts, scale):
+        "The values, and what the way back needs"
         out, kept = torch.empty(q.shape[1], q.shape[0], q.shape[2], dtype=q.dtype).transpose(0, 1), []
         for a, b, n in parts:
             Q, K, V = _part(q, a, b, 0, len(k))*scale, _part(k, a, b, n, len(k)), _part(v, a, b, n, len(k))
@@ -117,6 +121,7 @@ class _Apart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        "The gradients"
         q, k, v, *kept = ctx.saved_tensors
         to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (a, b, n), weights in zip(ctx.parts, kept):
@@ -180,18 +185,22 @@ def _one_token(X, W, state, A, B, s):
     else: total = torch.mm(X[:, 0], utils.fast_dequantize(W, state, use_global_buffer=True, dtype=X.dtype).t(), out_dtype=torch.float32)
     return torch.addmm(total, X[:, 0] @ A.t(), B.t(), out_dtype=torch.float32, alpha=s).to(X.dtype)[:, None]
 
+# %% ../nbs/01a_layers.ipynb #20c11b69
 @lru_cache(1)
 def unsloth_functions()->dict: # Unsloth's functions, and what takes their place
     "What Unsloth adds an adapter with on a GPU, and the same with one product"
     from unsloth.kernels import fast_lora, utils
     plain, ext, token = utils.matmul_lora, fast_lora._matmul_lora_ext, utils.fast_linear_forward
     def matmul_lora(X, W, W_quant, A, B, s, out=None, use_global_buffer=True):
+        "Unsloth's function, in one product where that fits"
         if A is None or not _fits(X, W, W_quant): return plain(X, W, W_quant, A, B, s, out, use_global_buffer)
         return _one_product(X, X, utils.fast_dequantize(W, W_quant, use_global_buffer=use_global_buffer, dtype=X.dtype), A, B, s)
     def _matmul_lora_ext(X, X_lora, W, W_quant, A, B, S, bias):
+        "The same, where base and adapter read different inputs"
         if A is None or bias is not None or not _fits(X, W, W_quant): return ext(X, X_lora, W, W_quant, A, B, S, bias)
         return _one_product(X, X_lora, utils.fast_dequantize(W, W_quant, use_global_buffer=False, dtype=X.dtype), A, B, S)
     def fast_linear_forward(proj, X, temp_lora=None, out=None):
+        "Unsloth's function, added up in 32 bits where that fits"
         if X.shape[1] != 1 or not _plain(proj): return token(proj, X, temp_lora, out)
         W, state, A, B, s, bias = utils.get_lora_parameters_bias(proj)
         if bias is not None or not _fits(X, W, state): return token(proj, X, temp_lora, out)

@@ -23,7 +23,9 @@ REASONS = ["", "no content", "no title", "only the title"] # why a row is of no 
 
 def _reason(rows):
     "For each row the number of the reason why it is of no use, 0 for none"
-    def letters(key): return pl.col(key).str.to_lowercase().str.replace_all(r"[^\p{L}\p{N}]+", "")
+    def letters(key):
+        "Letters and digits alone, in lower case"
+        return pl.col(key).str.to_lowercase().str.replace_all(r"[^\p{L}\p{N}]+", "")
     content, title = pl.col("content"), pl.col("title")
     reason = rows.select(pl.when(content == "").then(1).when(title == "").then(2).otherwise(0).cast(pl.UInt8)).to_series()
     short = rows.select((content != "") & (title != "") & (content.str.len_bytes() < title.str.len_bytes() + 20)).to_series().arg_true()

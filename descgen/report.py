@@ -90,6 +90,7 @@ def _pair(e):
     same = e["title"].strip() == e["clean_title"] and e["content"].strip() == e["clean_content"]
     return f"  line {e['line']}\n    {before}\n    {'(unchanged)' if same else after}"
 
+# %% ../nbs/02a_report.ipynb #85f6deca
 def report_text(
     report:dict, # from `report`
 )->str: # several lines

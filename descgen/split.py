@@ -97,6 +97,7 @@ def _candidates(keys):
     first, second = np.concatenate(pairs, axis=1) if pairs else np.zeros((2, 0), int)
     return np.divmod(np.unique(first.astype(np.int64)*len(keys) + second), max(len(keys), 1))
 
+# %% ../nbs/00b_split.ipynb #51c9e821
 def near_pairs(
     texts:pl.Series, # clean strings
     width:int=3, # words in a run
@@ -151,6 +152,7 @@ def choose_sides(
         for c, k in zip(claims, mine): c[k] = side[i]
     return side
 
+# %% ../nbs/00b_split.ipynb #a9d80aad
 def _undecided(draws, keys, near):
     "Rows connected by copies to one that was drawn: all others are for training, whatever they copy"
     table = pl.DataFrame({"drawn": draws, **{f"{i}": k for i, k in enumerate(keys)}}).with_row_index("row")

@@ -116,6 +116,7 @@ class Recipe(BaseModel):
 def _assigned(source):
     "Names and literal values that a cell's source assigns; a value that is no literal as its source"
     def value(node):
+        "A literal's value, or the source of what is none"
         try: return ast.literal_eval(node)
         except ValueError: return ast.unparse(node)
     return {node.targets[0].id: value(node.value) for node in ast.parse(source).body if isinstance(node, ast.Assign)}
@@ -288,6 +289,7 @@ def _activations(config, recipe):
     logits = 16*min(tokens*c.vocab_size, 1 << 24) if has_cuda() else (4*asked*tokens + 10*512)*c.vocab_size # a GPU makes them in parts; those of the test loss come last
     return tokens*kept + logits
 
+# %% ../nbs/03_train.ipynb #f55ada98
 def estimate_memory(
     config, # the model's configuration, from `model_config`
     recipe:Recipe, # settled
@@ -360,6 +362,7 @@ def _step(checkpoint): return int(checkpoint.name.split("-")[1])
 
 def _sums(checkpoint): return {p.name: sha256_file(p) for p in sorted(checkpoint.iterdir()) if p.name != "seal.json"}
 
+# %% ../nbs/03_train.ipynb #65dc6e43
 def _seal(checkpoint):
     "Bring a checkpoint to the disk and write down what it holds"
     for path in checkpoint.iterdir():
@@ -483,16 +486,22 @@ def _progress(recipe, seen, watch):
     from transformers import TrainerCallback
     class Progress(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw):
+            "Open the bar"
             self.first, self.start = state.global_step, time.time()
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training", mininterval=2,
                 miniters=max(1, state.max_steps//100), file=sys.stdout)
         def on_log(self, args, state, control, logs=None, **kw):
+            "Show loss and speed"
             if "loss" not in (logs or {}): return
             tokens = sum(seen[:(state.global_step - self.first)*effective_batch(recipe)])
             speed = tokens/(time.time() - self.start - watch.seconds)
             self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s", refresh=False)
-        def on_step_end(self, args, state, control, **kw): self.bar.update(state.global_step - self.bar.n)
-        def on_train_end(self, args, state, control, **kw): self.bar.close()
+        def on_step_end(self, args, state, control, **kw):
+            "Move the bar"
+            self.bar.update(state.global_step - self.bar.n)
+        def on_train_end(self, args, state, control, **kw):
+            "Close the bar"
+            self.bar.close()
     return Progress()
 
 # %% ../nbs/03_train.ipynb #43c13c99
@@ -526,13 +535,16 @@ def _watch(model, examples, recipe):
     class Watch(TrainerCallback):
         seconds = 0.0
         def on_step_end(self, args, state, control, **kw):
+            "Measure the test loss when it is due"
             if not examples or (state.global_step % recipe.eval_steps and state.global_step != state.max_steps): return
             start = time.time()
             state.log_history.append({"step": state.global_step, "test_loss": completion_loss(model, examples, recipe)})
             if recipe.keep_best and _best(state.log_history)["step"] == state.global_step: _keep_weights(model, Path(args.output_dir)/_BEST)
             if _is_over(state.log_history, recipe): control.should_training_stop = True
             self.seconds += time.time() - start
-        def on_save(self, args, state, control, **kw): _seal(Path(args.output_dir)/f"checkpoint-{state.global_step}")
+        def on_save(self, args, state, control, **kw):
+            "Seal the checkpoint"
+            _seal(Path(args.output_dir)/f"checkpoint-{state.global_step}")
     return Watch()
 
 # %% ../nbs/03_train.ipynb #0e9bda36
@@ -560,7 +572,9 @@ def _use_loraplus(trainer, recipe):
 def _as_dataset(packs, total):
     "What the trainer reads: numbers of packs, each of which becomes its pack when it is asked for"
     from datasets import Dataset
-    def look_up(batch): return {k: [packs[i][k] for i in batch["pack"]] for k in ("input_ids", "labels", "position_ids")}
+    def look_up(batch):
+        "Packs by their numbers"
+        return {k: [packs[i][k] for i in batch["pack"]] for k in ("input_ids", "labels", "position_ids")}
     return Dataset.from_dict({"pack": range(total)}).with_transform(look_up)
 
 def _trainer(model, tokenizer, packs, recipe, test_examples, callbacks):
@@ -569,6 +583,7 @@ def _trainer(model, tokenizer, packs, recipe, test_examples, callbacks):
     from trl import SFTTrainer
     total, seen, watch = count_packs(recipe, packs), [], _watch(model, test_examples, recipe)
     def batch(packs):
+        "A batch, and how many tokens it holds"
         seen.extend(len(p["input_ids"]) for p in packs)
         return collate(packs)
     trainer = SFTTrainer(model=model, args=training_arguments(recipe, _steps_of(recipe, packs)), train_dataset=_as_dataset(packs, total),

@@ -44,6 +44,7 @@ def _sentence(measure, part, other):
 
 _ASKED = {BASE: ("loss", "chrF", "invented"), BASE + GREEDY: ("chrF",), NEAREST: ("chrF",)} # what the paragraph speaks of
 
+# %% ../nbs/05b_verdict.ipynb #d8f4116f
 def verdict(
     found:dict, # from `evaluate`
 )->str: # a paragraph
@@ -114,6 +115,7 @@ figure{margin:1rem 0;background:#fff;border-radius:6px;padding:.5rem}figure svg{
 <h2>What was measured</h2><table>{% for m, (what, way) in measures.items() %}<tr><th>{{ m }}</th><td>{{ what }}{{ {1: "; more is better", -1: "; less is better", 0: ""}[way] }}</td></tr>{% endfor %}</table>
 </html>"""
 
+# %% ../nbs/05b_verdict.ipynb #7941f11a
 def _svg(figure):
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
@@ -133,7 +135,9 @@ def score_table(
 def _tables(found):
     "The page's tables: scores, all and by subset, with how often different words were used"
     names = {"all": "All test rows", "clean": "Test rows without a near copy among the training rows", "leaked": "Test rows of which the training rows hold a near copy"}
-    def turned(head, rows): return ["", *(r[0] for r in rows)], [[m, *(r[i] for r in rows)] for i, m in enumerate(head[1:], 1)] # a row a measure, so that it fits on paper
+    def turned(head, rows):
+        "The table with a row a measure, so that it fits on paper"
+        return ["", *(r[0] for r in rows)], [[m, *(r[i] for r in rows)] for i, m in enumerate(head[1:], 1)]
     tables = [(f"{names[k]} ({part['rows']})", *turned(*score_table(part))) for k, part in found["scores"].items()]
     return tables + ([("Different pairs of words, % of all (no interval: a resample repeats texts)", ["", "distinct-2"], [[n, _number(v)] for n, v in found["distinct"].items()])] if found.get("distinct") else [])
 
@@ -157,10 +161,13 @@ def _rows_of(recipe, given=None):
     from descgen.data import sha256_file
     from descgen.prepared import load_data
     from descgen.train import Recipe
-    def load(path, **more): return load_data(path, **recipe.model_dump(include=set(inspect.signature(load_data).parameters) & set(Recipe.model_fields)) | more)
+    def load(path, **more):
+        "A catalogue as the recipe wants it"
+        return load_data(path, **recipe.model_dump(include=set(inspect.signature(load_data).parameters) & set(Recipe.model_fields)) | more)
     if given is None or sha256_file(given) == sha256_file(recipe.data_path): data = load(recipe.data_path); return data.test, data.train
     return load(given, test_size=0.0).train, load(recipe.data_path).train
 
+# %% ../nbs/05b_verdict.ipynb #4b9d7819
 def evaluate_adapter(
     folder:str|Path, # of the adapter, inside its run's folder
     data:str|Path|None=None, # a JSON Lines file to test on; None: the run's own test rows
@@ -203,6 +210,7 @@ def pairs_to_judge(
     dice.shuffle(pairs)
     return pairs
 
+# %% ../nbs/05b_verdict.ipynb #54c2a36c
 def score_votes(
     path:str|Path, # from `blind_test`
 )->dict: # `votes` for each contender, `no difference`, and `p`: how often chance alone would divide them as unevenly
@@ -222,14 +230,18 @@ def blind_test(
     import ipywidgets as w
     path, texts = Path(path), [w.HTML() for _ in range(3)]
     buttons = [w.Button(description=d) for d in ("left is better", "no difference", "right is better")]
-    def at(): return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+    def at():
+        "How many pairs are judged"
+        return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
     def show():
+        "The next pair, or the result"
         done = at() >= len(pairs)
         for b in buttons: b.disabled = done
         said = [f"<b>{escape(pairs[at()]['title'])}</b> ({at() + 1} of {len(pairs)})", *(f"<p style='white-space:pre-wrap'>{escape(pairs[at()][s])}</p>" for s in ("left", "right"))] if not done else \
             [f"Done: {escape(json.dumps(score_votes(path)))}", "", ""]
         for box, text in zip(texts, said): box.value = text
     def vote(button):
+        "Write a vote down and go on"
         pair, side = pairs[at()], buttons.index(button)
         with open(path, "a", encoding="utf-8") as f: f.write(json.dumps({"title": pair["title"], "sides": pair["sides"], "better": {0: pair["sides"][0], 1: None, 2: pair["sides"][1]}[side]}, ensure_ascii=False) + "\n")
         show()
