@@ -134,9 +134,19 @@ class _Apart(torch.autograd.Function):
                 if n: to[:, :n] += mine[:, :n]
         return to_q, to_k, to_v, None, None
 
-# %% ../nbs/01a_layers.ipynb #cfc9016b
+# %% ../nbs/01a_layers.ipynb #bf62d764
+def _ask_once(query, key, value, mask, scale):
+    "Attention of one new token a row; `mask` tells which tokens it may see"
+    rows, heads, size = query.shape[0], key.shape[1], query.shape[-1]
+    scores = torch.matmul(query.reshape(rows, heads, -1, size)*scale, key.transpose(2, 3))
+    if mask is not None: scores.masked_fill_(~mask, float("-inf"))
+    return torch.matmul(scores.softmax(-1), value).view(rows, 1, -1, size)
+
+# %% ../nbs/01a_layers.ipynb #d5660d6d
 def _attend(module, query, key, value, attention_mask, position_ids=None, scaling=None, **kwargs):
-    "Attention of a row of examples, each for itself; of anything else, as transformers does it"
+    "Attention of a row of examples, each for itself, and of one new token a row; of anything else, as transformers does it"
+    if query.shape[2] == 1 and not torch.is_grad_enabled() and (attention_mask is None or attention_mask.dtype == torch.bool):
+        return _ask_once(query, key, value, attention_mask, scaling), None
     if attention_mask is not None or position_ids is None or query.shape[0] > 1 or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, position_ids=position_ids, **kwargs)
     return _Apart.apply(query[0], key[0], value[0], segments(position_ids), scaling).transpose(0, 1)[None], None
@@ -151,6 +161,9 @@ AttentionMaskInterface.register("example_by_example", _mask)
 
 # %% ../nbs/01a_layers.ipynb #45f817bf
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100") # read when the first product is computed
+
+# %% ../nbs/01a_layers.ipynb #bd064fef
+def _without_gaps(layer, given): return tuple(t.contiguous() for t in given)
 
 # %% ../nbs/01a_layers.ipynb #04adc885
 _kept = {} # the input that was copied last, and the copy with room behind it; gone with the input
@@ -217,7 +230,7 @@ def swap(
     for module, name, old in places: setattr(module, name, replacements[old])
     return len(places)
 
-# %% ../nbs/01a_layers.ipynb #086dac73
+# %% ../nbs/01a_layers.ipynb #e7f6d946
 def exact_layers(
     model, # from transformers or Unsloth, with or without a LoRA adapter; changed in place
 ): # the same model
@@ -228,4 +241,5 @@ def exact_layers(
     _add_once(model)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner.set_attn_implementation("example_by_example")
+    if (head := inner.get_output_embeddings()) is not None: head.register_forward_pre_hook(_without_gaps)
     return model

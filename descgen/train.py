@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Number', 'Count', 'Text', 'Recipe', 'read_defaults', 'check_recipe', 'read_recipe', 'resolve', 'compute_dtype',
-           'collate', 'completion_loss', 'effective_batch', 'count_packs', 'estimate_memory', 'free_memory',
-           'peak_memory', 'probe_speed', 'plan', 'read_record', 'write_record', 'repeats', 'claim_output',
-           'save_adapter', 'training_arguments', 'train', 'plot_losses']
+           'collate', 'row_losses', 'completion_loss', 'effective_batch', 'count_packs', 'estimate_memory',
+           'free_memory', 'peak_memory', 'probe_speed', 'plan', 'read_record', 'write_record', 'repeats',
+           'claim_output', 'save_adapter', 'training_arguments', 'train', 'plot_losses']
 
 # %% ../nbs/03_train.ipynb #13c99ca5
 import ast, difflib, json, math, os, re, shutil, sys, time
@@ -212,7 +212,7 @@ def collate(
     batch = {k: torch.tensor([sum((r[k] for r in rows), [])]) for k in rows[0]}
     return batch if shared or not has_cuda() else batch | {"packed_seq_lengths": torch.tensor([len(r["input_ids"]) for r in rows], dtype=torch.int32)}
 
-# %% ../nbs/03_train.ipynb #ff5e23d8
+# %% ../nbs/03_train.ipynb #5223179a
 def _autocast(recipe):
     "A context that computes in a recipe's precision; on a CPU the weights' own precision decides"
     import torch
@@ -226,16 +226,33 @@ def _batches(examples, tokens):
         batch.append({**e, "position_ids": range(len(e["input_ids"]))})
     if batch: yield batch
 
-def _summed_loss(model, batch):
-    "The loss of all learnt tokens of a batch, added up, and their number; on a CPU logits are made for these tokens only"
+def _token_losses(model, batch):
+    "The loss of each learnt token of a batch; on a CPU logits are made for these tokens only, on a GPU each has the mean of all"
     import torch
     labels = batch.pop("labels")[0]
     asked = (labels[1:] != IGNORE).nonzero()[:, 0]
-    if has_cuda(): return model(**batch, labels=labels[None], use_cache=False).loss.item()*len(asked), len(asked)
+    if has_cuda(): return model(**batch, labels=labels[None], use_cache=False).loss.detach().float().expand(len(asked))
     logits = model(**batch, logits_to_keep=asked, use_cache=False).logits[0]
-    return torch.nn.functional.cross_entropy(logits.float(), labels[asked + 1], reduction="sum").item(), len(asked)
+    return torch.nn.functional.cross_entropy(logits.float(), labels[asked + 1], reduction="none")
 
-# %% ../nbs/03_train.ipynb #d631a77f
+# %% ../nbs/03_train.ipynb #837662a3
+def row_losses(
+    model, # with or without an adapter, from `add_lora`
+    examples:list[dict], # from `encode_rows` with `loss_on="completion"`
+    recipe:Recipe, # its precision
+    tokens:int=512, # tokens at once; changes time and memory, and on a GPU whose mean a row gets: 1 for its own
+): # yields for each example its nats and over how many tokens
+    "The summed loss of each example's completion"
+    import torch
+    was_training = model.training
+    model.eval()
+    for batch in _batches(examples, tokens):
+        counts = [sum(label != IGNORE for label in e["labels"][1:]) for e in batch]
+        batch = collate([{**e, "labels": [IGNORE, *e["labels"][1:]]} for e in batch])
+        with torch.no_grad(), _autocast(recipe): losses = _token_losses(model, {k: v.to(model.device) for k, v in batch.items()})
+        yield from ((part.double().sum().item(), n) for part, n in zip(losses.split(counts), counts))
+    model.train(was_training)
+
 def completion_loss(
     model, # with or without an adapter, from `add_lora`
     examples:list[dict], # from `encode_rows` with `loss_on="completion"`
@@ -243,17 +260,9 @@ def completion_loss(
     tokens:int=512, # tokens at once; changes time and memory, not the result
 )->float|None: # nats a token; None without examples
     "Mean loss over the completion tokens"
-    import torch
     if not examples: return None
-    was_training, sums = model.training, []
-    model.eval()
-    with torch.no_grad(), _autocast(recipe):
-        for batch in _batches(examples, tokens):
-            batch = collate([{**e, "labels": [IGNORE, *e["labels"][1:]]} for e in batch])
-            sums.append(_summed_loss(model, {k: v.to(model.device) for k, v in batch.items()}))
-    model.train(was_training)
-    total, count = map(sum, zip(*sums))
-    return total/count
+    nats, count = map(sum, zip(*row_losses(model, examples, recipe, tokens)))
+    return nats/count
 
 # %% ../nbs/03_train.ipynb #54922d9d
 def effective_batch(
