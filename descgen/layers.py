@@ -184,21 +184,21 @@ def _one_product(X, X_lora, W, A, B, s):
     "X times the base and X_lora times the adapter, rounded once"
     return (_with_inner(X, X_lora, A) @ torch.cat([W, (B*s).to(X.dtype)], 1).t()).view(*X.shape[:-1], -1)
 
-# %% ../nbs/01a_layers.ipynb #061a04b9
+# %% ../nbs/01a_layers.ipynb #23795f42
 def _fits(X, W, state):
     "Whether this is a forward pass over a weight of the input's 16 bits, or of 4 that unpack to them; a transposed one is of a backward pass"
     if W.shape[0] == 1 or not W.is_contiguous() or X.dtype not in (torch.bfloat16, torch.float16): return False
     return W.dtype == X.dtype if state is None else type(state).__name__ == "QuantState" and state.dtype == X.dtype
 
 def _one_token(X, W, state, A, B, s):
-    "A layer's values of one token a row, base and adapter added up in 32 bits"
+    "A layer's values of one token a row in 32 bits, base and adapter added up"
     from unsloth.kernels import utils
     A, B = utils._fast_lora_weights(A, B, X.dtype)
     if state is not None and len(X) == 1 and utils._TRITON_GEMV_EAGER: total = utils.fast_gemv(X.float(), W, state)[0] # reads 4 bits as they are
     else: total = torch.mm(X[:, 0], utils.fast_dequantize(W, state, use_global_buffer=True, dtype=X.dtype).t(), out_dtype=torch.float32)
-    return torch.addmm(total, X[:, 0] @ A.t(), B.t(), out_dtype=torch.float32, alpha=s).to(X.dtype)[:, None]
+    return torch.addmm(total, X[:, 0] @ A.t(), B.t(), out_dtype=torch.float32, alpha=s)[:, None]
 
-# %% ../nbs/01a_layers.ipynb #20c11b69
+# %% ../nbs/01a_layers.ipynb #ef90fa73
 @lru_cache(1)
 def unsloth_functions()->dict: # Unsloth's functions, and what takes their place
     "What Unsloth adds an adapter with on a GPU, and the same with one product"
@@ -218,7 +218,7 @@ def unsloth_functions()->dict: # Unsloth's functions, and what takes their place
         W, state, A, B, s, bias = utils.get_lora_parameters_bias(proj)
         if bias is not None or not _fits(X, W, state): return token(proj, X, temp_lora, out)
         total = _one_token(X, W, state, A, B, s)
-        return total if out is None else out.copy_(total)
+        return total.to(X.dtype) if out is None else out.copy_(total) # which rounds, too
     return {plain: matmul_lora, ext: _matmul_lora_ext, token: fast_linear_forward}
 
 def swap(

@@ -227,15 +227,21 @@ def plain_judge(model, written, others, batch, kind):
     return found
 
 def plain_side(args):
-    "The same weights in float32, and in bf16 as transformers and PEFT compute it; and an adapter trained in each"
+    "The same weights in float32, and in bf16 as transformers and PEFT compute it; and an adapter trained in each; one model at a time, for float32 takes room"
     import torch
     from transformers import AutoTokenizer
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     work = args.work/f"{args.model}-{args.bits}"
     train, others = batches(AutoTokenizer.from_pretrained(model_folder(args.model, args.work, args.small)), args.rows)
-    written, found = torch.load(work/"unsloth.pt"), {}
+    written = torch.load(work/"unsloth.pt")
+    with turn(): return judged_plainly(written, train, others, work/"base")
+
+def judged_plainly(written, train, others, base):
+    "What Unsloth's adapters cost in each precision, and adapters trained in it"
+    import torch
+    found = {}
     for kind, dtype in (("float32", torch.float32), ("bf16 eager", torch.bfloat16)):
-        model = plain_model(work/"base", dtype)
+        model = plain_model(base, dtype)
         found |= plain_judge(model, written, others, train[0], kind)
         put(model, written["adapters"]["first"])
         after, found[f"losses, {kind}"] = learn(model, train, kind != "float32")

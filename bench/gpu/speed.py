@@ -155,11 +155,13 @@ def measure(way, recipe, rows, tokens, card, **more):
     except Exception as e: return {"failed": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}"}
 
 def side_by_side(args, source, rows, tokens, card):
-    "Every way at the seed's settings and at the fastest recipe, round by round"
+    "Every way at the seed's settings and at the fastest recipe, round by round; what is measured is kept at once"
     found = {}
     for _ in range(args.rounds):
         for name, files in {"the seed's settings": (), "recipes/h200.yaml": ("best", "h200")}.items():
-            for way, f in WAYS[args.side].items(): found.setdefault(f"{name}: {way}", []).append(measure(f, recipe(source, args.small, *files, loss_on="all"), rows, tokens, card))
+            for way, f in WAYS[args.side].items():
+                found.setdefault(f"{name}: {way}", []).append(measure(f, recipe(source, args.small, *files, loss_on="all"), rows, tokens, card))
+                print(keep(f"speed-{args.side}-{args.model}", {"card": card, "found": found})["found"][f"{name}: {way}"], flush=True)
     return found
 
 def settings(args, source, rows, tokens, card):
