@@ -8,13 +8,14 @@ __all__ = ['Number', 'Count', 'Text', 'Recipe', 'read_defaults', 'check_recipe',
            'free_memory', 'peak_memory', 'probe_speed', 'plan', 'read_record', 'write_record', 'repeats',
            'claim_output', 'save_adapter', 'training_arguments', 'train', 'plot_losses']
 
-# %% ../nbs/03_train.ipynb #13c99ca5
+# %% ../nbs/03_train.ipynb #98a9fa64
 import ast, difflib, json, math, os, re, shutil, sys, time
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from .clean import STEPS
@@ -193,11 +194,17 @@ def compute_dtype(
     "The precision that a recipe computes in"
     return "bfloat16" if recipe.bf16 else "float16" if recipe.fp16 else "float32"
 
-# %% ../nbs/03_train.ipynb #e3e7027e
+# %% ../nbs/03_train.ipynb #51c9d6be
 def _shared(examples):
     "How many tokens all examples begin with before the first that is learnt"
     asked = min(next((i for i, label in enumerate(e["labels"]) if label != IGNORE), len(e["labels"])) for e in examples)
     return min(len(os.path.commonprefix([e["input_ids"] for e in examples])), max(asked - 1, 0)) # the last one before predicts it
+
+def _begun_once(batch, starts):
+    "A batch whose examples' common beginning stands there once, and how many tokens that is"
+    parts = {k: np.split(v, starts[1:]) for k, v in batch.items()}
+    shared = _shared([{k: v[i].tolist() for k, v in parts.items()} for i in range(len(starts))])
+    return {k: np.concatenate([first, *(v[shared:] for v in rest)]) for k, (first, *rest) in parts.items()}, shared
 
 def collate(
     packs:list[dict], # from `pack_examples`
@@ -205,12 +212,11 @@ def collate(
 )->dict: # tensors `input_ids`, `labels`, `position_ids` of one row; on a GPU `packed_seq_lengths`, those of the examples
     "A batch from packs"
     import torch
-    from descgen.layers import segments
-    examples = [{k: list(p[k][a:b]) for k in ("input_ids", "labels", "position_ids")} for p in packs for a, b, _ in segments(torch.tensor(p["position_ids"]))]
-    shared = _shared(examples) if share or share is None and not has_cuda() else 0
-    rows = [examples[0], *({k: v[shared:] for k, v in e.items()} for e in examples[1:])]
-    batch = {k: torch.tensor([sum((r[k] for r in rows), [])]) for k in rows[0]}
-    return batch if shared or not has_cuda() else batch | {"packed_seq_lengths": torch.tensor([len(r["input_ids"]) for r in rows], dtype=torch.int32)}
+    batch = {k: np.concatenate([np.asarray(p[k]) for p in packs]) for k in ("input_ids", "labels", "position_ids")}
+    starts, shared = np.flatnonzero(batch["position_ids"] == 0), 0
+    if share or share is None and not has_cuda(): batch, shared = _begun_once(batch, starts)
+    row = {k: torch.from_numpy(v)[None] for k, v in batch.items()}
+    return row if shared or not has_cuda() else row | {"packed_seq_lengths": torch.tensor(np.diff(starts, append=batch["input_ids"].size), dtype=torch.int32)}
 
 # %% ../nbs/03_train.ipynb #5223179a
 def _autocast(recipe):

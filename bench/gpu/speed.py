@@ -105,7 +105,7 @@ def unsloth_way(packing):
     def way(recipe, rows, tokens, watch):
         from unsloth import FastLanguageModel
         import torch
-        model, tokenizer = FastLanguageModel.from_pretrained(recipe.model_id, max_seq_length=recipe.max_seq_length, load_in_4bit=recipe.load_in_4bit, dtype=torch.bfloat16)
+        model, tokenizer = FastLanguageModel.from_pretrained(recipe.model_id, max_seq_length=recipe.max_length, load_in_4bit=recipe.load_in_4bit, dtype=torch.bfloat16) # which is how long its packs are
         model = FastLanguageModel.get_peft_model(model, r=recipe.r, lora_alpha=recipe.lora_alpha, target_modules=recipe.target_modules, lora_dropout=recipe.lora_dropout,
             bias="none", random_state=recipe.seed, use_gradient_checkpointing="unsloth" if recipe.gradient_checkpointing else False)
         model.register_forward_pre_hook(watch.count, with_kwargs=True)
