@@ -8,9 +8,9 @@ __all__ = ['Number', 'Count', 'Text', 'Recipe', 'read_defaults', 'check_recipe',
            'free_memory', 'peak_memory', 'probe_speed', 'plan', 'read_record', 'write_record', 'repeats',
            'claim_output', 'save_adapter', 'training_arguments', 'train', 'plot_losses']
 
-# %% ../nbs/03_train.ipynb #98a9fa64
+# %% ../nbs/03_train.ipynb #88bafb9a
 import ast, difflib, json, math, os, re, shutil, sys, time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -622,8 +622,16 @@ def _with_smaller_batch(recipe):
     print(f"Out of memory with batches of {batch} packs: going on with {part} at a time and {batch//part} times the accumulation. A step is as many packs as before.")
     return recipe.model_copy(update={"per_device_train_batch_size": part, "gradient_accumulation_steps": recipe.gradient_accumulation_steps*batch//part})
 
-# %% ../nbs/03_train.ipynb #7b9d3281
+# %% ../nbs/03_train.ipynb #9326d18b
 def _steps_of(recipe, packs): return math.ceil(count_packs(recipe, packs)/effective_batch(recipe))
+
+@contextmanager
+def _short_turns(seconds=0.0005):
+    "Threads take short turns: a GPU is not kept waiting while packs are made ahead of it"
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(seconds)
+    try: yield
+    finally: sys.setswitchinterval(before)
 
 def _train_from(checkpoint, model, tokenizer, packs, recipe, test_examples, callbacks):
     "One attempt: the trainer's log"
@@ -634,7 +642,7 @@ def _train_from(checkpoint, model, tokenizer, packs, recipe, test_examples, call
             _take_weights(model, checkpoint/"adapter_model.safetensors")
             return history
     trainer = _trainer(model, tokenizer, packs, recipe, test_examples, callbacks)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with _short_turns(): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.state.log_history
 
 # %% ../nbs/03_train.ipynb #dbbf814e

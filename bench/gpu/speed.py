@@ -15,7 +15,7 @@ import yaml
 from measure import ROOT, flop_per_token, forget_peak, has_gpu, keep, matmul_rate, now, peak_gb, turn
 from models import model_folder, read_rows
 
-WARM, TOKENS = 2, 130_000 # steps that do not count; useful tokens that do, about
+WARM, TOKENS = 2, 400_000 # steps that do not count; useful tokens that do, about
 CARDS = {"t4": 14, "a100": 39, "h200": None} # GB that a process may have on a card: PyTorch's share, beside the driver's half a GB
 LEAN = dict(lora_dropout=0, gradient_checkpointing=False)
 TRIED = {"seed": {}, "no dropout": dict(lora_dropout=0), "nothing computed again": dict(gradient_checkpointing=False), "neither": LEAN,
