@@ -403,14 +403,14 @@ def _checkpoints(folder):
 
 def read_record(
     output_dir:str|Path, # a run's folder
-)->dict: # its `run.json`; empty where there is none
+)->dict: # its `manifest.json`; empty where there is none
     "The record of the run that a folder holds"
-    path = Path(output_dir)/"run.json"
+    path = Path(output_dir)/"manifest.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 # %% ../nbs/03_train.ipynb #32fa09d9
 def _save_record(output_dir, record):
-    write_text(Path(output_dir)/"run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_text(Path(output_dir)/"manifest.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return record
 
 def write_record(
@@ -427,7 +427,7 @@ def repeats()->str: # "exact" or "approximate"
     "Whether the same parameters, or a run that was interrupted and gone on with, give the same bytes on this machine"
     return "approximate" if has_cuda() else "exact" # kernels on a GPU may add in another order each time; these chapters prove it of a CPU
 
-# %% ../nbs/03_train.ipynb #0da95d31
+# %% ../nbs/03_train.ipynb #501ac35b
 def claim_output(
     given:Recipe, # with its "auto"s
     settled:Recipe, # without
@@ -439,14 +439,15 @@ def claim_output(
     theirs, found = record.get("decides", {}), _checkpoints(folder)
     differs = [f"{k} {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in {**theirs, **mine} if theirs.get(k) != mine.get(k)]
     if (found or (folder/"adapter").exists()) and differs and not settled.overwrite:
-        raise FileExistsError(f"{folder} holds another run's checkpoints or adapter ({'; '.join(differs) if theirs else 'it left no run.json'}). "
+        raise FileExistsError(f"{folder} holds another run's checkpoints or adapter ({'; '.join(differs) if theirs else 'it left no manifest.json'}). "
             "Give this run its own output_dir, or set overwrite=True to replace them.")
     going_on = not differs and record.get("state") == "running"
     for old in found:
         if not going_on: shutil.rmtree(old)
         elif not _is_whole(old): _set_aside(old)
     if not going_on: (folder/_BEST).unlink(missing_ok=True)
-    _save_record(folder, {"state": "running", "given": given.model_dump(), "decides": mine, "data_path": settled.data_path, "repeats": repeats()})
+    begun = record if "decides" not in record else {} # what stands there before a run has taken the folder is of the one who started it
+    _save_record(folder, {**begun, "state": "running", "given": given.model_dump(), "decides": mine, "data_path": settled.data_path, "repeats": repeats()})
     return next((c for c in reversed(found) if c.exists()), None)
 
 # %% ../nbs/03_train.ipynb #e93b9135

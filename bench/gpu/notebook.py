@@ -17,7 +17,7 @@ def run(args):
     if args.small: given |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=1, max_length=256, max_new_tokens=8, eval_rows=4)
     start = time.time()
     papermill.execute_notebook(ROOT/"fine_tune_llama3.ipynb", KEPT/f"notebook-{args.model}.ipynb", given, cwd=ROOT, progress_bar=False, log_output=True)
-    record = json.loads((folder/"run.json").read_text(encoding="utf-8"))
+    record = json.loads((folder/"manifest.json").read_text(encoding="utf-8"))
     named = {k: record.get(k) for k in ("state", "plan", "test_loss", "peak_memory_gb", "minutes")}
     return named | {"seconds": time.time() - start, "adapter": sorted(p.name for p in (folder/"adapter").iterdir()), "settled": record.get("decides"), "last losses": record["history"][-4:]}
 
