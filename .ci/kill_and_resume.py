@@ -12,6 +12,7 @@ from descgen.model import tiny_model
 from descgen.train import read_record
 
 kills, seed = (int(a) for a in [*sys.argv[1:], *("8", "42")[len(sys.argv) - 1:]])
+print(f"seed {seed}", flush=True)
 dice, tmp = random.Random(seed), Path(tempfile.mkdtemp())
 settings = dict(model_id=tiny_model(tmp/"tiny"), data_path="data/sample.jsonl", max_steps=40, warmup_steps=2, per_device_train_batch_size=2,
     gradient_accumulation_steps=1, max_length=128, learning_rate=1e-2, eval_steps=10, save_steps=1, n_titles=0, max_new_tokens=4, lora_dropout=0.1, keep_best=True)
@@ -41,8 +42,8 @@ assert start(whole).wait() == 0, (whole/"log").read_text()[-2000:]
 for n in range(kills):
     if strike(struck): break
     if n == 1: # somebody, or the disk, changes a byte
-        weights = max(struck.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))/"adapter_model.safetensors"
-        if weights.exists(): weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+        weights = max(struck.glob("checkpoint-*/adapter_model.safetensors"), key=lambda p: int(p.parent.name.split("-")[1])) # the newest that was written so far
+        weights.write_bytes(weights.read_bytes()[:-1] + b"!")
 assert start(struck).wait() == 0, (struck/"log").read_text()[-2000:]
 first, second = (read_record(f)["adapter_sha256"] for f in (whole, struck))
 log = (struck/"log").read_text()

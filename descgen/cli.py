@@ -137,10 +137,11 @@ def runs(
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines: typer.echo("  ".join(v.ljust(w) for v, w in zip(line, widths)).rstrip())
 
-# %% ../nbs/09_cli.ipynb #7f539317
+# %% ../nbs/09_cli.ipynb #8b26f975
 @app.command("sweep")
 def sweep(
     path:Annotated[Path, typer.Argument(help="A YAML file with base, grid and sets")],
+    recipe:Annotated[list[Path]|None, typer.Option("--file", "-f", help="A recipe that all sets begin with")]=None,
     name:Annotated[str, typer.Option(help="A word in the runs' ids")]="sweep",
     root:Annotated[Path, typer.Option(help="The folder of runs")]=Path("outputs/runs"),
     notebook:Annotated[Path, typer.Option(help="What is executed")]=Path("fine_tune_llama3.ipynb"),
@@ -150,7 +151,8 @@ def sweep(
     from descgen.runs import finished_with, sweep_sets
     from descgen.train import check_recipe, read_defaults
     try:
-        sets = sweep_sets(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        begin, _ = _parameters(recipe or [], [])
+        sets = [begin | s for s in sweep_sets(yaml.safe_load(path.read_text(encoding="utf-8")) or {})]
         decides = [check_recipe(read_defaults(notebook) | s).model_dump(exclude={"output_dir"}) for s in sets]
         ended = [finished_with(d, root) or _start(s, name, root, notebook) for s, d in zip(sets, decides)]
     except (OSError, ValueError) as e:
