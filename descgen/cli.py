@@ -72,11 +72,12 @@ def evaluate(
         raise typer.Exit(1)
     typer.echo(json.dumps(found, ensure_ascii=False) if as_json else f"{verdict(found)}\n{written}")
 
-# %% ../nbs/09_cli.ipynb #5827fd9a
+# %% ../nbs/09_cli.ipynb #2e7fbcbf
 def _parameters(recipes, words):
     "Values of recipes and of `-p name value`, the later ones over the earlier, and what was overruled"
     import yaml
     if len(words) % 3 or any(flag not in ("-p", "--parameters") for flag in words[::3]): raise ValueError(f"What is {' '.join(words)}? Parameters are given as -p name value.")
+    if "output_dir" in words[1::3]: raise ValueError("output_dir is the run's own folder: leave it out, or use papermill.")
     sources = [(str(r), yaml.safe_load(r.read_text(encoding="utf-8")) or {}) for r in recipes] + [("-p", {name: yaml.safe_load(value)}) for name, value in zip(words[1::3], words[2::3])]
     values, said = {}, []
     for source, given in sources:
@@ -90,7 +91,7 @@ def _start(values, name, root, notebook):
     from descgen.runs import claim_run, execute, refuse_secrets
     from descgen.train import check_recipe, read_defaults
     refuse_secrets(values)
-    if values.get("output_dir"): raise ValueError("output_dir is the run's own folder: leave it out, or use papermill.")
+    values = {k: v for k, v in values.items() if k != "output_dir"} # a recipe's: a run has a folder of its own
     decides = check_recipe(read_defaults(notebook) | values).model_dump(exclude={"output_dir"})
     return execute(claim_run(decides, name, root), values, notebook)
 
