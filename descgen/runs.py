@@ -7,13 +7,11 @@ __all__ = ['HIDDEN', 'SCHEMA', 'MANIFEST', 'RUNS', 'redact', 'refuse_secrets', '
            'read_manifest', 'list_runs', 'find_run', 'run_hash', 'claim_run', 'execute', 'differences', 'edited',
            'obstacles', 'sweep_sets', 'finished_with']
 
-# %% ../nbs/06_runs.ipynb #839f7afc
+# %% ../nbs/06_runs.ipynb #65f22590
 import errno, hashlib, itertools, json, os, platform, re, subprocess, sys, tempfile, uuid
 from datetime import datetime, timezone
 from importlib.metadata import distributions
 from pathlib import Path
-
-from .data import sha256_file, write_text
 
 # %% ../nbs/06_runs.ipynb #1f0f1be3
 _SECRET_NAME = re.compile(r"(?i)(?:^|_)(?:token|secret|password|passwd|credentials?|api_?key|access_?key|private_?key)(?:$|_)")
@@ -47,7 +45,7 @@ def refuse_secrets(
         if _SECRET_NAME.search(name) or redact(text, environ, "") != text:
             raise ValueError(f"The parameter {name!r} looks like a secret. Parameters are stored with the run: give secrets in the environment, such as HF_TOKEN.")
 
-# %% ../nbs/06_runs.ipynb #ae91fc33
+# %% ../nbs/06_runs.ipynb #dbff6e71
 _TEXTS = {".json", ".jsonl", ".ipynb", ".html", ".md", ".txt", ".diff", ".log", ".yaml", ".jinja"}
 
 def clear_secrets(
@@ -55,6 +53,7 @@ def clear_secrets(
     environ:dict=os.environ, # whose secrets must not be there
 )->list[str]: # names of the files that held some, or the home's path
     "Redact every text file under a folder"
+    from descgen.data import write_text # not above: polars takes longer to load than a thousand manifests
     held = []
     for path in sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.is_symlink() and p.suffix in _TEXTS):
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
@@ -62,7 +61,7 @@ def clear_secrets(
         if clear != text: write_text(path, clear); held.append(str(path.relative_to(folder)))
     return held
 
-# %% ../nbs/06_runs.ipynb #4903a4ff
+# %% ../nbs/06_runs.ipynb #6fcea7a5
 SCHEMA = 1 # of the manifest; a reader refuses what is newer
 MANIFEST = "manifest.json"
 
@@ -97,6 +96,7 @@ def circumstances(
     lock:str|Path="requirements.lock", # what was to be installed
 )->dict: # for a run's manifest
     "When, with what code, on what machine and with which versions a run began"
+    from descgen.data import sha256_file
     changes = _git("diff", "HEAD")
     return {"schema": SCHEMA, "started": now(), "code": {"commit": (_git("rev-parse", "HEAD") or "").strip() or None, "changes": redact(changes) if changes else changes},
         "lock_sha256": sha256_file(lock) if Path(lock).is_file() else None, "machine": _machine(), "process": {"id": os.getpid(), "began": _began(os.getpid()), "host": platform.node()},
@@ -152,7 +152,7 @@ def find_run(
     if len(fits) == 1: return fits[0]
     raise ValueError(f"{len(fits)} runs begin with {name!r}: {', '.join(f.name for f in fits[:5])}. Give more of the id." if fits else f"No run in {root} begins with {name!r}. `descgen runs` lists them.")
 
-# %% ../nbs/06_runs.ipynb #a644cbc5
+# %% ../nbs/06_runs.ipynb #a7e640f6
 def run_hash(
     decides:dict, # what decides the result: JSON
 )->str: # eight hexadecimal digits
@@ -166,6 +166,7 @@ def claim_run(
     begun:dict|None=None, # from `circumstances`; None: those of now
 )->Path: # its folder, which is new and holds a manifest
     "Make a new run's folder"
+    from descgen.data import write_text
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,40}", name): raise ValueError(f"A run's name has small letters, digits and dashes, at most 41: not {name!r}.")
     first = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{name}-{run_hash(decides)}"
     aside = Path(root)/f".{first}-{uuid.uuid4().hex}"
@@ -176,9 +177,10 @@ def claim_run(
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise
     raise FileExistsError(f"{root} holds a thousand runs of this second.")
 
-# %% ../nbs/06_runs.ipynb #54b68ff8
+# %% ../nbs/06_runs.ipynb #c1f4c000
 def _amend(folder, **entries):
     "Change a manifest, whole or not at all"
+    from descgen.data import write_text
     try: found = json.loads((folder/MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError): found = {}
     write_text(folder/MANIFEST, json.dumps({**found, **entries}, indent=1, ensure_ascii=False) + "\n")
@@ -199,6 +201,7 @@ def execute(
     environ:dict=os.environ, # whose secrets must not stay in the folder
 )->dict: # the run's manifest
     "Execute a notebook as a run; the state says whether it ended whole"
+    from descgen.data import sha256_file, write_text
     with tempfile.TemporaryDirectory() as aside:
         executed = Path(aside)/"executed.ipynb"
         failed, stopped = _papermill(notebook, executed, parameters | {"output_dir": str(folder)})
@@ -211,7 +214,7 @@ def execute(
     if stopped: raise stopped
     return read_manifest(folder)
 
-# %% ../nbs/06_runs.ipynb #cc9ec9ee
+# %% ../nbs/06_runs.ipynb #addd4cf8
 def _flat(value, name=""):
     "Nested entries by their path"
     if not isinstance(value, dict): return {name: value}
@@ -235,17 +238,19 @@ def edited(
     folder:str|Path, # of a run
 )->list[str]: # what is no longer what the run left
     "Files whose hash is not that of the manifest"
+    from descgen.data import sha256_file
     folder, m = Path(folder), read_manifest(folder)
     said = {"adapter/adapter_model.safetensors": m.get("adapter_sha256")} | ({m["notebook"]["file"]: m["notebook"]["sha256"]} if "notebook" in m else {})
     return [f"{name} is not there" if not (folder/name).is_file() else f"{name} was changed" for name, sha in said.items() if sha and not ((folder/name).is_file() and sha256_file(folder/name) == sha)]
 
-# %% ../nbs/06_runs.ipynb #7dc48984
+# %% ../nbs/06_runs.ipynb #eda6a407
 def obstacles(
     manifest:dict, # of the run to repeat
     allow:tuple=(), # of "data", "code", "lock": what may differ
     lock:str|Path="requirements.lock", # as in `circumstances`
 )->list[str]: # why it cannot be the same run
     "What has changed since a run"
+    from descgen.data import sha256_file
     here, data = circumstances(lock), Path(manifest.get("data_path") or "")
     same = {"data": data.is_file() and sha256_file(data) == manifest.get("data_sha256"), "code": here["code"] == manifest.get("code"), "lock": here["lock_sha256"] == manifest.get("lock_sha256")}
     said = {"data": f"{data} is not the file that was trained on", "code": f"the code is at commit {(here['code']['commit'] or 'none')[:8]}{' with changes' if here['code']['changes'] else ''}, not as it was",
