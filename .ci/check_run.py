@@ -1,5 +1,5 @@
 "Fails unless a finished run's notebook holds no error, its adapter loads and describes, its test loss fell, and its evaluation calls loss and chrF better than the base model's."
-import json, sys
+import html, json, sys
 from pathlib import Path
 
 import nbformat
@@ -18,5 +18,5 @@ model, tokenizer = load_adapter(folder/"adapter")
 assert describe(model, tokenizer, ["Tin Whistle in D (Brass)"], sample=False, max_new_tokens=32)[0], "the adapter says nothing"
 found = json.loads((folder/"evaluation.json").read_text(encoding="utf-8"))
 for measure in ("loss", "chrF"): assert outcome(measure, found["scores"]["all"]["differences"][BASE][measure], found["scores"]["all"]["rows"]) == "better", f"{measure} is not better than the base model's"
-assert verdict(found)[:30] in (folder/"report.html").read_text(encoding="utf-8"), "the page does not say what the evaluation found"
+assert verdict(found) in html.unescape((folder/"report.html").read_text(encoding="utf-8")), "the page does not say what the evaluation found"
 print(f"test loss {loss['before']:.3f} before, {loss['after']:.3f} after; adapter sha256 {record['adapter_sha256']}")

@@ -187,7 +187,7 @@ def baselines(
     typical = train[most_typical([r["content"] for r in train[:20_000]])]["content"]
     return said | {NEAREST: [(train[row[0]]["content"], True) for row in near], "most typical description": [(typical, True)]*len(titles)}
 
-# %% ../nbs/05_evaluation.ipynb #b2220cf7
+# %% ../nbs/05_evaluation.ipynb #1876e9fc
 @lru_cache(1)
 def _encoder():
     "What makes unit vectors of texts; None where the encoder is not installed"
@@ -206,6 +206,7 @@ def _encoder():
         return torch.nn.functional.normalize(mean, dim=1)
     return embed
 
+# %% ../nbs/05_evaluation.ipynb #cf841277
 def similarity(
     texts:list[str], # written
     references:list[str], # from the catalogue

@@ -198,7 +198,7 @@ def _one_token(X, W, state, A, B, s):
     else: total = torch.mm(X[:, 0], utils.fast_dequantize(W, state, use_global_buffer=True, dtype=X.dtype).t(), out_dtype=torch.float32)
     return torch.addmm(total, X[:, 0] @ A.t(), B.t(), out_dtype=torch.float32, alpha=s)[:, None]
 
-# %% ../nbs/01a_layers.ipynb #ef90fa73
+# %% ../nbs/01a_layers.ipynb #e8ccba6b
 @lru_cache(1)
 def unsloth_functions()->dict: # Unsloth's functions, and what takes their place
     "What Unsloth adds an adapter with on a GPU, and the same with one product"
@@ -221,6 +221,7 @@ def unsloth_functions()->dict: # Unsloth's functions, and what takes their place
         return total.to(X.dtype) if out is None else out.copy_(total) # which rounds, too
     return {plain: matmul_lora, ext: _matmul_lora_ext, token: fast_linear_forward}
 
+# %% ../nbs/01a_layers.ipynb #b87102b4
 def swap(
     replacements:dict, # functions, and what takes their place
 )->int: # how many places there were

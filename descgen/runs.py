@@ -61,7 +61,7 @@ def clear_secrets(
         if clear != text: write_text(path, clear); held.append(str(path.relative_to(folder)))
     return held
 
-# %% ../nbs/06_runs.ipynb #6fcea7a5
+# %% ../nbs/06_runs.ipynb #721e1d83
 SCHEMA = 1 # of the manifest; a reader refuses what is newer
 MANIFEST = "manifest.json"
 
@@ -76,6 +76,7 @@ def _began(pid):
     try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except (OSError, IndexError): return None
 
+# %% ../nbs/06_runs.ipynb #387c8e30
 def _processor():
     "The processor's name"
     try: return next(line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
@@ -92,6 +93,7 @@ def now()->str: # such as 2026-11-25T02:30:00Z
     "The time in UTC"
     return f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 
+# %% ../nbs/06_runs.ipynb #2ebcb1cb
 def circumstances(
     lock:str|Path="requirements.lock", # what was to be installed
 )->dict: # for a run's manifest
@@ -177,7 +179,7 @@ def claim_run(
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise
     raise FileExistsError(f"{root} holds a thousand runs of this second.")
 
-# %% ../nbs/06_runs.ipynb #c1f4c000
+# %% ../nbs/06_runs.ipynb #b6ac53b7
 def _amend(folder, **entries):
     "Change a manifest, whole or not at all"
     from descgen.data import write_text
@@ -194,6 +196,7 @@ def _papermill(notebook, executed, parameters):
     except BaseException as e: return {"cell": None, "error": f"{type(e).__name__}: {e}"}, e # stopped by its user, a dead kernel, a full disk
     return None, None
 
+# %% ../nbs/06_runs.ipynb #551d1500
 def execute(
     folder:Path, # from `claim_run`
     parameters:dict, # for the notebook; its `output_dir` is the folder
@@ -214,7 +217,7 @@ def execute(
     if stopped: raise stopped
     return read_manifest(folder)
 
-# %% ../nbs/06_runs.ipynb #addd4cf8
+# %% ../nbs/06_runs.ipynb #829326b8
 def _flat(value, name=""):
     "Nested entries by their path"
     if not isinstance(value, dict): return {name: value}
@@ -234,6 +237,7 @@ def differences(
         found[part] = {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k) and not k.endswith("output_dir")}
     return {part: d for part, d in found.items() if d}
 
+# %% ../nbs/06_runs.ipynb #3198633b
 def edited(
     folder:str|Path, # of a run
 )->list[str]: # what is no longer what the run left
@@ -257,20 +261,20 @@ def obstacles(
         "lock": f"{lock} is another"}
     return [said[what] for what, is_same in same.items() if not is_same and what not in allow]
 
-# %% ../nbs/06_runs.ipynb #4134434f
+# %% ../nbs/06_runs.ipynb #dce56778
 def sweep_sets(
-    sweep:dict, # `base`: parameters of all; `grid`: lists of values by parameter; `sets`: parameter sets
+    sweep:dict, # `base`: parameters of all; `grid`: lists of values by parameter; `sets`: what each set changes, by its name
 )->list[dict]: # parameters, a run each
     "The parameter sets of a sweep; ValueError where it is none"
     if unknown := set(sweep) - {"base", "grid", "sets"}: raise ValueError(f"A sweep has base, grid and sets; {', '.join(sorted(unknown))} is none of these.")
-    grid, sets, base = sweep.get("grid") or {}, sweep.get("sets") or [{}], sweep.get("base") or {}
+    grid, sets, base = sweep.get("grid") or {}, sweep.get("sets") or {"": {}}, sweep.get("base") or {}
     if wrong := [k for k, v in grid.items() if not isinstance(v, list) or not v]: raise ValueError(f"A grid has a list of values for each parameter; {', '.join(wrong)} has none.")
-    return [base | given | dict(zip(grid, values)) for given in sets for values in itertools.product(*grid.values())]
+    return [base | given | dict(zip(grid, values)) for given in sets.values() for values in itertools.product(*grid.values())]
 
 def finished_with(
     decides:dict, # as for `claim_run`
     root:str|Path=RUNS, # the folder of runs
 )->dict|None: # its manifest
-    "The last finished run of these parameters"
-    found = [r["id"] for r in list_runs(root, "finished") if f"-{run_hash(decides)}" in r["id"]]
-    return read_manifest(Path(root)/found[-1]) if found else None
+    "The last finished run of what decides the same result"
+    fits = sorted(Path(root).glob(f"[!.]*-{run_hash(decides)}*"))
+    return next((m for f in reversed(fits) if (m := read_manifest(f))["state"] == "finished"), None)

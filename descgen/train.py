@@ -241,7 +241,7 @@ def _token_losses(model, batch):
     logits = model(**batch, logits_to_keep=asked, use_cache=False).logits[0]
     return torch.nn.functional.cross_entropy(logits.float(), labels[asked + 1], reduction="none")
 
-# %% ../nbs/03_train.ipynb #837662a3
+# %% ../nbs/03_train.ipynb #ad460ddb
 def row_losses(
     model, # with or without an adapter, from `add_lora`
     examples:list[dict], # from `encode_rows` with `loss_on="completion"`
@@ -252,13 +252,15 @@ def row_losses(
     import torch
     was_training = model.training
     model.eval()
-    for batch in _batches(examples, tokens):
-        counts = [sum(label != IGNORE for label in e["labels"][1:]) for e in batch]
-        batch = collate([{**e, "labels": [IGNORE, *e["labels"][1:]]} for e in batch])
-        with torch.no_grad(), _autocast(recipe): losses = _token_losses(model, {k: v.to(model.device) for k, v in batch.items()})
-        yield from ((part.double().sum().item(), n) for part, n in zip(losses.split(counts), counts))
-    model.train(was_training)
+    try:
+        for batch in _batches(examples, tokens):
+            counts = [sum(label != IGNORE for label in e["labels"][1:]) for e in batch]
+            batch = collate([{**e, "labels": [IGNORE, *e["labels"][1:]]} for e in batch])
+            with torch.no_grad(), _autocast(recipe): losses = _token_losses(model, {k: v.to(model.device) for k, v in batch.items()})
+            yield from ((part.double().sum().item(), n) for part, n in zip(losses.split(counts), counts))
+    finally: model.train(was_training)
 
+# %% ../nbs/03_train.ipynb #e1d58ac0
 def completion_loss(
     model, # with or without an adapter, from `add_lora`
     examples:list[dict], # from `encode_rows` with `loss_on="completion"`
