@@ -19,7 +19,7 @@ run: $(READY)
 	@mkdir -p $(RUN)
 	@$(ENTER) papermill fine_tune_llama3.ipynb $(RUN)/failed.ipynb $(RECIPE) $(ARGS) -p output_dir $(RUN) --log-output --no-progress-bar
 	@mv $(RUN)/failed.ipynb $(RUN)/notebook.ipynb
-	@$(ENTER) jupyter nbconvert --log-level ERROR --to html $(RUN)/notebook.ipynb
+	@$(ENTER) jupyter nbconvert --log-level ERROR --CoalesceStreamsPreprocessor.enabled=True --to html $(RUN)/notebook.ipynb
 	@printf '\nexecuted notebook  %s (and .html)\nadapter            %s\nbefore and after   %s\n' $(RUN)/notebook.ipynb $(RUN)/adapter $(RUN)/report.html
 
 test: $(READY)

@@ -25,8 +25,8 @@ def outcome(
     way = MEASURES[measure][1]
     return "other" if not way else "better" if difference["difference"]*way > 0 else "worse"
 
-# %% ../nbs/05b_verdict.ipynb #20eae7f3
-def _number(x): return "–" if x is None else f"{x:,.3f}" if abs(x) < 10 else f"{x:,.1f}"
+# %% ../nbs/05b_verdict.ipynb #5b49c0d9
+def _number(x): return "–" if x is None else "0" if x == 0 else f"{x:,.3f}" if abs(x) < 10 else f"{x:,.1f}"
 def _signed(x): return "–" if x is None else f"{x:+,.3f}" if abs(x) < 10 else f"{x:+,.1f}"
 
 _NAMED = {"invented": "share of invented claims"}
@@ -105,14 +105,14 @@ def plot_differences(
     plt.close(fig)
     return fig
 
-# %% ../nbs/05b_verdict.ipynb #37416890
+# %% ../nbs/05b_verdict.ipynb #6133b7f2
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ name }}</title><style>
 :root{color-scheme:light dark;--line:#8884;--soft:#8881}
 body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;background:Canvas;color:CanvasText}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}.wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:13px}th,td{border-bottom:1px solid var(--line);padding:.35rem .5rem;text-align:left;vertical-align:top}
 td{overflow-wrap:anywhere}td.n{white-space:nowrap;font-variant-numeric:tabular-nums}small{opacity:.75}
-figure{margin:1rem 0;background:#fff;border-radius:6px;padding:.5rem}figure svg{max-width:100%;height:auto}p.verdict{font-size:1.05rem}.said td{white-space:pre-wrap}
+figure{margin:1rem 0;background:#fff;border-radius:6px;padding:.5rem}figure svg{max-width:100%;height:auto}p.verdict{font-size:1.05rem}.said{table-layout:fixed}.said td{white-space:pre-wrap}.said th:nth-child(1){width:4.5em}.said th:nth-child(2){width:17%}
 @page{margin:14mm}@media print{body{max-width:none;margin:0;padding:0;font-size:10pt}table{font-size:8pt}td.n{white-space:normal}.wide{overflow:visible}figure,tr{break-inside:avoid}}
 </style><h1>{{ name }}</h1><p class="verdict">{{ words }}</p>{% if left_out %}<p>{{ left_out }} test rows were left out: without a description, or too long for the model.</p>{% endif %}
 {% for caption, svg in plots %}<figure>{{ svg|safe }}<figcaption><small style="color:#333">{{ caption }}</small></figcaption></figure>{% endfor %}
