@@ -137,7 +137,7 @@ def _are_strings(block, rows):
     try: return all(parse_row(block[ends[i - 1] + 1 if i else 0:ends[i]]) == rows.row(i, named=True) for i in odd)
     except ValueError: return False
 
-# %% ../nbs/00_data.ipynb #c025
+# %% ../nbs/00_data.ipynb #cf1094ff
 def _parse_fast(block):
     "The rows of plain lines; None where they take a closer look"
     try:
@@ -145,7 +145,8 @@ def _parse_fast(block):
         rows = pl.read_ndjson(io.BytesIO(block), schema=_SCHEMA)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException): return None
     if rows["title"].null_count() or rows["content"].null_count(): return None
-    escapes = _count(text, r'\n|"title"|"content"|\\u') - 3*rows.height # a line has one line break and each key at least once
+    if _count(text, r'"uid"\s*:\s*(?:-?[0-9]+[.eE]|[\[{])'): return None # polars writes 1.0 as 1
+    escapes = _count(text, r'\n|"title"|"content"|"uid"|\\u') - 3*rows.height - rows["uid"].count() # a line has one line break and each key at least once
     return rows if (not escapes or _escapes_are_plain(text, escapes)) and _are_strings(block, rows) else None
 
 # %% ../nbs/00_data.ipynb #c026
