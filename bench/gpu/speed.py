@@ -4,7 +4,8 @@
     python bench/gpu/speed.py plain llama WORK      # TRL + PEFT
     python bench/gpu/speed.py settings llama WORK   # descgen alone: what each setting does, and the recipes within the memory of the cards they are for
 
-The first two may be started together: they measure by turns. Each way gets about the same number of useful tokens; the first two steps do not count.
+The first two may be started together: they measure by turns. Each way gets about the same number of useful tokens; the first two steps do not count. Where they are
+close, which is where rows are packed, more rounds are made (--rounds), every other one in the other order.
 """
 import argparse, json, math, statistics, tempfile
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from measure import ROOT, flop_per_token, forget_peak, has_gpu, keep, matmul_rate, now, peak_gb, turn
+from measure import ROOT, flop_per_token, forget_peak, has_gpu, keep, kept, matmul_rate, now, peak_gb, turn
 from models import model_folder, read_rows
 
 WARM, TOKENS = 2, 400_000 # steps that do not count; useful tokens that do, about
@@ -155,20 +156,22 @@ def measure(way, recipe, rows, tokens, card, **more):
     except Exception as e: return {"failed": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}"}
 
 def side_by_side(args, source, rows, tokens, card):
-    "Every way at the seed's settings and at the fastest recipe, round by round; what is measured is kept at once"
+    "Every way at the seed's settings and at the fastest recipe, then packed ones in more rounds; what is measured is kept at once"
     found = {}
-    for _ in range(args.rounds):
+    for i in range(args.rounds):
         for name, files in {"the seed's settings": (), "recipes/h200.yaml": ("best", "h200")}.items():
-            for way, f in WAYS[args.side].items():
+            for way, f in list(WAYS[args.side].items())[::-1 if i % 2 else 1]:
+                if i and "padded" in way: continue
                 found.setdefault(f"{name}: {way}", []).append(measure(f, recipe(source, args.small, *files, loss_on="all"), rows, tokens, card))
                 print(keep(f"speed-{args.side}-{args.model}", {"card": card, "found": found})["found"][f"{name}: {way}"], flush=True)
     return found
 
 def settings(args, source, rows, tokens, card):
     "descgen with one setting after another, and the recipes as they are, each within its card's memory; what is measured is kept at once"
-    found = {}
+    found = kept(f"speed-settings-{args.model}").get("found", {}) if args.match else {}
     def note(name, *files, **more):
         compile = more.pop("compile", False)
+        if args.match and not any(word in name for word in args.match): return
         found[name] = [measure(descgen, recipe(source, args.small, *files, **more), rows, tokens, card, compile=compile)]
         print(keep(f"speed-settings-{args.model}", {"card": card, "found": found})["found"][name], flush=True)
     for name, more in TRIED.items(): note(name, **more)
@@ -190,7 +193,8 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("side", choices=[*WAYS, "settings"]); parser.add_argument("model", choices=["llama", "embedded"]); parser.add_argument("work", type=Path)
-    parser.add_argument("--rows", type=Path, default=Path("data/sample.jsonl")); parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rows", type=Path, default=Path("data/sample.jsonl")); parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--match", nargs="*", help="only settings with this in their name; the others as they were measured before")
     parser.add_argument("--small", action="store_true", help="a tiny model, for a try without a GPU")
     args = parser.parse_args()
     print(json.dumps(keep(f"speed-{args.side}-{args.model}", main(args))))
