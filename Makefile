@@ -6,19 +6,17 @@ ENTER  := . $(VENV)/bin/activate &&
 CUDA   := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 LOCKS  := requirements.lock $(if $(CUDA),requirements-gpu.lock)
 
-# Where there is no GPU, the recipe for a CPU. More parameters with ARGS, into a folder of their own:
-# make run RUN=outputs/short ARGS="-p max_steps 20"
+# Where there is no GPU, the recipe for a CPU. More parameters with ARGS: make run ARGS="-p max_steps 20"
 RECIPE := $(if $(CUDA),,-f recipes/cpu.yaml)
-RUN    := $(if $(CUDA),outputs/llama-3.2-1b-lora,outputs/cpu)
+NAME   := $(if $(CUDA),gpu,cpu)
+RUN    := outputs/runs/latest
 ARGS   ?=
 
 .PHONY: run test sync pages readme lab
 
-# The executed notebook takes its place when it has run to its end; one that failed is kept beside it as failed.ipynb.
+# Each run has a folder of its own in outputs/runs; `latest` is the one that finished last.
 run: $(READY)
-	@mkdir -p $(RUN)
-	@$(ENTER) papermill fine_tune_llama3.ipynb $(RUN)/failed.ipynb $(RECIPE) $(ARGS) -p output_dir $(RUN) --log-output --no-progress-bar
-	@mv $(RUN)/failed.ipynb $(RUN)/notebook.ipynb
+	@$(ENTER) descgen run --name $(NAME) $(RECIPE) $(ARGS)
 	@$(ENTER) jupyter nbconvert --log-level ERROR --CoalesceStreamsPreprocessor.enabled=True --to html $(RUN)/notebook.ipynb
 	@printf '\nexecuted notebook  %s (and .html)\nadapter            %s\nbefore and after   %s\n' $(RUN)/notebook.ipynb $(RUN)/adapter $(RUN)/report.html
 
