@@ -4,7 +4,7 @@ from pathlib import Path
 
 import nbformat
 from descgen.inference import describe, load_adapter
-from descgen.train import read_record
+from descgen.files import read_record
 from descgen.evaluation import BASE
 from descgen.verdict import outcome, verdict
 

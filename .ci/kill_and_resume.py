@@ -9,7 +9,7 @@ import json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from descgen.model import tiny_model
-from descgen.train import read_record
+from descgen.files import read_record
 
 kills, seed = (int(a) for a in [*sys.argv[1:], *("8", "42")[len(sys.argv) - 1:]])
 print(f"seed {seed}", flush=True)

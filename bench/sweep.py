@@ -14,7 +14,7 @@ import yaml
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
-from descgen.train import read_record
+from descgen.files import read_record
 
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78} # two-sided quantiles of Student's t, by degrees of freedom
 

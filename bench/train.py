@@ -163,7 +163,7 @@ def child(name, work, args):
 
 def prepare(data, work):
     "Rows to train on and to judge by, as the data stage divides them"
-    from descgen.data import as_jsonl
+    from descgen.files import as_jsonl
     from descgen.prepared import load_data
     found = load_data(data)
     for name, rows in (("train", found.train.select(range(BATCH*STEPS))), ("test", found.test.select(range(min(HELD_OUT, len(found.test)))))):

@@ -96,16 +96,17 @@ def _parameters(recipes, words):
         values |= given
     return values, said
 
-# %% ../nbs/09_cli.ipynb #149a5be3
+# %% ../nbs/09_cli.ipynb #11426c82
 def _checked(values, notebook):
     "All parameters of a run, and what decides its result: most of them, and the data's hash; ValueError and FileNotFoundError where it cannot run"
-    from descgen.data import find_data, sha256_file
+    from descgen.data import find_data
+    from descgen.files import sha256_file
     from descgen.runs import refuse_secrets
     from descgen.train import check_recipe, read_defaults
     refuse_secrets(values)
     recipe = check_recipe(read_defaults(notebook) | values)
     given = recipe.model_dump(exclude={"output_dir", "overwrite"})
-    return given, {k: v for k, v in given.items() if k != "data_path"} | {"data_sha256": sha256_file(find_data(recipe.data_path))}
+    return given, {k: v for k, v in given.items() if k not in ("data_path", "report_to")} | {"data_sha256": sha256_file(find_data(recipe.data_path))}
 
 def _execute(folder, given, notebook):
     "Execute into a run's folder, and say which; the manifest"
@@ -194,25 +195,25 @@ def sweep(
     for s, m in zip(sets, ended): typer.echo("  ".join([m["id"], m["state"], f"loss {m.get('test_loss', {}).get('after')}", *(f"{k} {s.get(k)}" for k in varied)]))
     if any(m["state"] != "finished" for m in ended): raise typer.Exit(1)
 
-# %% ../nbs/09_cli.ipynb #19a96824
-def _short(value): return text if len(text := json.dumps(value, ensure_ascii=False)) <= 80 else text[:77] + "…"
-
+# %% ../nbs/09_cli.ipynb #0ddcf69a
 @app.command("diff")
 def diff(
     one:Annotated[str, typer.Argument(help="A run's id or its beginning")],
     other:Annotated[str, typer.Argument(help="Another's")],
     root:Root=RUNS,
+    page:Annotated[Path|None, typer.Option("--page", help="An HTML page to write, with losses and texts side by side")]=None,
     as_json:Annotated[bool, typer.Option("--json", help="Print the differences as JSON")]=False,
 ):
-    "Say what two runs do not share"
+    "Say what two runs do not share, and whether one came out better"
+    from descgen.compare import difference_lines, measured, write_comparison
     from descgen.runs import differences, edited, find_run, read_manifest
-    with _or_end("Not compared"): folders = [find_run(name, root) for name in (one, other)]
-    for f in folders:
-        for line in edited(f): typer.echo(f"{f.name}: {line} since the run", err=True)
-    found = differences(*map(read_manifest, folders))
-    if as_json: return typer.echo(json.dumps(found, ensure_ascii=False))
-    for part, entries in found.items(): typer.echo("\n".join([part, *(f"  {k}: {_short(a)} → {_short(b)}" for k, (a, b) in entries.items())]))
-    if not found: typer.echo("Nothing.")
+    with _or_end("Not compared"):
+        folders = [find_run(name, root) for name in (one, other)]
+        for f in folders:
+            for line in edited(f): typer.echo(f"{f.name}: {line} since the run", err=True)
+        parts, found = differences(*map(read_manifest, folders)), measured(*folders)
+        if page: write_comparison(*folders, page)
+    typer.echo(json.dumps(parts | {"measures": found}, ensure_ascii=False) if as_json else "\n".join(difference_lines(parts, found) + ([str(page)] if page else [])))
 
 # %% ../nbs/09_cli.ipynb #7be672be
 @app.command("repeat")

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'LLAMA', 'TARGETS', 'embedded_gguf', 'embedded_model', 'has_cuda', 'choose_model', 'choose_4bit',
-           'model_config', 'load_model', 'add_lora', 'tiny_model']
+           'model_config', 'load_model', 'fingerprint', 'add_lora', 'tiny_model']
 
-# %% ../nbs/02_model.ipynb #46799354
-import importlib.util, logging, os, shutil, socket, tempfile
+# %% ../nbs/02_model.ipynb #d5946ba0
+import hashlib, importlib.util, logging, os, shutil, socket, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from .data import cache_folder, sha256_file
+from .files import cache_folder, sha256_file
 from .formatting import DATE, pin_date, template_parts, tell_pad_from_end
 
 for name in ("torch.utils._pytree", "torchao", "bitsandbytes.backends.cpu.ops"): # they warn of what nobody but their authors can change
@@ -137,6 +137,24 @@ def load_model(
             dtype=getattr(torch, dtype) if dtype else None, token=os.environ.get("HF_TOKEN"))
     pin_date(tokenizer, date_string)
     return model, tell_pad_from_end(tokenizer, template_parts(tokenizer))
+
+# %% ../nbs/02_model.ipynb #4dcd1321
+def _files_of(source):
+    "The files of a model's folder, or of its copy in the hub's cache, by name"
+    from huggingface_hub import try_to_load_from_cache
+    config = Path(source)/"config.json" if Path(source).is_dir() else try_to_load_from_cache(source, "config.json")
+    found = sorted(Path(config).parent.iterdir()) if isinstance(config, str | Path) else []
+    return {p.name: p for p in found if p.is_file() and p.suffix in (".json", ".safetensors", ".jinja", ".model")}
+
+def fingerprint(
+    model, # from `load_model`, with or without an adapter
+    tokenizer, # of the model
+)->dict: # `source`: what was loaded; `files`: the SHA-256 of each; `tokenizer_sha256` and `template_sha256`
+    "Which model this is, beyond doubt"
+    def sha(text): return hashlib.sha256(text.encode()).hexdigest()
+    source = model.config._name_or_path
+    return {"source": Path(source).name if Path(source).is_dir() else source, "files": {name: sha256_file(p) for name, p in _files_of(source).items()},
+        "tokenizer_sha256": sha(tokenizer.backend_tokenizer.to_str()), "template_sha256": sha(tokenizer.chat_template)}
 
 # %% ../nbs/02_model.ipynb #f4221682
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REASONS', 'prepare', 'Data', 'load_data']
 
-# %% ../nbs/00c_prepared.ipynb #c003
+# %% ../nbs/00c_prepared.ipynb #958ca57f
 import hashlib, importlib.util, json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +15,8 @@ import numpy as np, polars as pl, xxhash
 from filelock import FileLock, Timeout
 
 from .clean import STEPS, clean
-from .data import _refuse, as_jsonl, cache_folder, parse_block, read_blocks, write_text
+from .data import _refuse, parse_block, read_blocks
+from .files import as_jsonl, cache_folder, write_text
 from .split import WIDTH, choose_sides, drawn, keep_one, mix, near_pairs, text_key, title_number
 
 # %% ../nbs/00c_prepared.ipynb #c005

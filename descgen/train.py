@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Number', 'Count', 'Text', 'Recipe', 'read_defaults', 'check_recipe', 'read_recipe', 'resolve', 'compute_dtype',
            'collate', 'row_losses', 'completion_loss', 'effective_batch', 'count_packs', 'estimate_memory',
-           'free_memory', 'peak_memory', 'probe_speed', 'plan', 'read_record', 'write_record', 'repeats',
-           'claim_output', 'save_adapter', 'training_arguments', 'train', 'plot_losses']
+           'free_memory', 'peak_memory', 'probe_speed', 'plan', 'repeats', 'claim_output', 'save_adapter',
+           'training_arguments', 'train', 'loss_points', 'plot_losses']
 
-# %% ../nbs/03_train.ipynb #88bafb9a
+# %% ../nbs/03_train.ipynb #22033edd
 import ast, difflib, json, math, os, re, shutil, sys, time
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
@@ -19,7 +19,8 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from .clean import STEPS
-from .data import find_data, sha256_file, write_text
+from .data import find_data
+from .files import read_record, save_record, sha256_file, write_text
 from . import __version__
 from .formatting import IGNORE, INSTRUCTION, Packs
 from .model import EMBEDDED, LLAMA, TARGETS, choose_model, choose_4bit, has_cuda, model_config
@@ -51,7 +52,7 @@ Number = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
 
-# %% ../nbs/03_train.ipynb #8c095dd3
+# %% ../nbs/03_train.ipynb #95540bfd
 class Recipe(BaseModel):
     "All parameters of a run, each in its range. Defaults and meanings: the parameter cell of `fine_tune_llama3.ipynb`"
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -100,6 +101,7 @@ class Recipe(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     output_dir: Text
     overwrite: bool
+    report_to: str | list[str]
     n_titles: Annotated[int, Field(ge=0, le=100)]
     title: Text
     max_new_tokens: Count
@@ -178,13 +180,24 @@ def _choose_optim(optim):
     if not has_cuda() and re.search("8bit|paged|bnb", optim): raise ValueError(f"optim={optim!r} needs a CUDA device. Use 'auto' or 'adamw_torch_fused'.")
     return optim
 
-# %% ../nbs/03_train.ipynb #62ed4449
+# %% ../nbs/03_train.ipynb #03d28267
+def _check_trackers(report_to):
+    "ValueError where the trainer knows no such tracker, or it is not installed; the names"
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+    names = [n for n in ([report_to] if isinstance(report_to, str) else report_to) if n != "none"]
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK: raise ValueError(f"report_to={name!r} is not known. Choose 'none' or among: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
+        if name not in get_available_reporting_integrations(): raise ValueError(f"report_to={name!r}: this tracker is not installed. Install it, or use report_to='none'.")
+    return names
+
+# %% ../nbs/03_train.ipynb #2ac56ffb
 def resolve(
     recipe:Recipe, # as given, with its "auto"s
 )->Recipe: # the same with every "auto" settled for this machine
     "Settle what the machine decides; ValueError where it cannot do what was asked, FileNotFoundError where there is no data"
     found, optim = str(find_data(recipe.data_path)), _choose_optim(recipe.optim)
     bf16, fp16 = _choose_precision(recipe.bf16, recipe.fp16)
+    _check_trackers(recipe.report_to)
     return recipe.model_copy(update={"data_path": found, "model_id": choose_model(recipe.model_id),
         "load_in_4bit": choose_4bit(recipe.load_in_4bit), "optim": optim, "bf16": bf16, "fp16": fp16})
 
@@ -366,9 +379,9 @@ def plan(
             "tokens a second (measured on one pack)": round(speed), "minutes (estimate)": round(tokens/speed/60, 1),
             "memory in GB (estimate)": round(estimate_memory(model.config, recipe), 1)}
 
-# %% ../nbs/03_train.ipynb #865bda34
+# %% ../nbs/03_train.ipynb #d784db19
 _BESIDES = {"output_dir", "overwrite", "data_path", "strict", "eval_rows", "logging_steps", "eval_steps", "save_steps",
-            "n_titles", "title", "max_new_tokens", "temperature", "top_p"} # what changes no weight
+            "n_titles", "title", "max_new_tokens", "temperature", "top_p", "report_to"} # what changes no weight
 
 def _what_decides(recipe, file_key):
     "All that decides which adapter comes out"
@@ -398,29 +411,10 @@ def _set_aside(checkpoint):
     checkpoint.rename(aside)
     print(f"{checkpoint.name} is incomplete or was changed after it was written: set aside as {aside.name}")
 
-# %% ../nbs/03_train.ipynb #9a7fed83
+# %% ../nbs/03_train.ipynb #5d0d0536
 def _checkpoints(folder):
     "Checkpoint folders, oldest first"
     return sorted((p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdigit()), key=_step)
-
-def read_record(
-    output_dir:str|Path, # a run's folder
-)->dict: # its `manifest.json`; empty where there is none
-    "The record of the run that a folder holds"
-    path = Path(output_dir)/"manifest.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-# %% ../nbs/03_train.ipynb #32fa09d9
-def _save_record(output_dir, record):
-    write_text(Path(output_dir)/"manifest.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    return record
-
-def write_record(
-    output_dir:str|Path, # a run's folder
-    **entries, # what to add or change
-)->dict: # the whole record
-    "Add to the record of a run, whole or not at all"
-    return _save_record(output_dir, {**read_record(output_dir), **entries})
 
 # %% ../nbs/03_train.ipynb #fc95e22f
 _START, _BEST = ".start.safetensors", "best.safetensors" # the adapter as it began, for a run that must begin again; the adapter with the lowest test loss so far, where `keep_best` asks for it
@@ -429,7 +423,7 @@ def repeats()->str: # "exact" or "approximate"
     "Whether the same parameters, or a run that was interrupted and gone on with, give the same bytes on this machine"
     return "approximate" if has_cuda() else "exact" # kernels on a GPU may add in another order each time; these chapters prove it of a CPU
 
-# %% ../nbs/03_train.ipynb #501ac35b
+# %% ../nbs/03_train.ipynb #a726e02a
 def claim_output(
     given:Recipe, # with its "auto"s
     settled:Recipe, # without
@@ -443,13 +437,13 @@ def claim_output(
     if (found or (folder/"adapter").exists()) and differs and not settled.overwrite:
         raise FileExistsError(f"{folder} holds another run's checkpoints or adapter ({'; '.join(differs) if theirs else 'it left no manifest.json'}). "
             "Give this run its own output_dir, or set overwrite=True to replace them.")
-    going_on = not differs and record.get("state") == "running"
+    going_on = not differs and record.get("state") in ("running", "failed")
     for old in found:
         if not going_on: shutil.rmtree(old)
         elif not _is_whole(old): _set_aside(old)
     if not going_on: (folder/_BEST).unlink(missing_ok=True)
     begun = record if "decides" not in record else {} # what stands there before a run has taken the folder is of the one who started it
-    _save_record(folder, {**begun, "state": "running", "given": given.model_dump(), "decides": mine, "data_path": settled.data_path, "repeats": repeats()})
+    save_record(folder, {**begun, "state": "running", "given": given.model_dump(), "decides": mine, "data_path": settled.data_path, "repeats": repeats()})
     return next((c for c in reversed(found) if c.exists()), None)
 
 # %% ../nbs/03_train.ipynb #e93b9135
@@ -546,17 +540,18 @@ def _take_weights(model, path):
     from safetensors.torch import load_file
     set_peft_model_state_dict(model, load_file(path))
 
-# %% ../nbs/03_train.ipynb #3797086f
+# %% ../nbs/03_train.ipynb #d0d39ea3
 def _watch(model, examples, recipe):
-    "Adds `test_loss` to the trainer's log and keeps the time that it took, keeps the best adapter, seals checkpoints"
+    "Adds `test_loss` to the trainer's log, tells trackers of it and keeps the time that it took, keeps the best adapter, seals checkpoints"
     from transformers import TrainerCallback
     class Watch(TrainerCallback):
-        seconds = 0.0
+        seconds, trackers = 0.0, ()
         def on_step_end(self, args, state, control, **kw):
             "Measure the test loss when it is due"
             if not examples or (state.global_step % recipe.eval_steps and state.global_step != state.max_steps): return
             start = time.time()
             state.log_history.append({"step": state.global_step, "test_loss": completion_loss(model, examples, recipe)})
+            for tracker in self.trackers: tracker.on_log(args, state, control, model=model, logs={"eval_loss": state.log_history[-1]["test_loss"]})
             if recipe.keep_best and _best(state.log_history)["step"] == state.global_step: _keep_weights(model, Path(args.output_dir)/_BEST)
             if _is_over(state.log_history, recipe): control.should_training_stop = True
             self.seconds += time.time() - start
@@ -565,7 +560,7 @@ def _watch(model, examples, recipe):
             _seal(Path(args.output_dir)/f"checkpoint-{state.global_step}")
     return Watch()
 
-# %% ../nbs/03_train.ipynb #0e9bda36
+# %% ../nbs/03_train.ipynb #d009b373
 def training_arguments(
     recipe:Recipe, # settled
     steps:int, # optimizer steps
@@ -576,7 +571,7 @@ def training_arguments(
     same = ["per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_steps",
             "lr_scheduler_type", "optim", "fp16", "logging_steps", "save_steps", "seed", "output_dir"]
     return SFTConfig(**recipe.model_dump(include=set(same)), bf16=recipe.bf16 and has_cuda(), # on a CPU the weights' own precision decides
-        max_steps=steps, train_sampling_strategy="sequential", max_length=recipe.max_length, save_total_limit=2, report_to="none", disable_tqdm=True,
+        max_steps=steps, train_sampling_strategy="sequential", max_length=recipe.max_length, save_total_limit=2, report_to=recipe.report_to, project="descgen", run_name=Path(recipe.output_dir).name, disable_tqdm=True,
         remove_unused_columns=False, gradient_checkpointing=recipe.gradient_checkpointing, dataset_kwargs={"skip_prepare_dataset": True})
 
 def _use_loraplus(trainer, recipe):
@@ -586,7 +581,7 @@ def _use_loraplus(trainer, recipe):
     kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
     trainer.optimizer = create_loraplus_optimizer(trainer.model, kind, loraplus_lr_ratio=recipe.loraplus_lr_ratio, **settings)
 
-# %% ../nbs/03_train.ipynb #b9492106
+# %% ../nbs/03_train.ipynb #6659518c
 def _as_dataset(packs, total):
     "What the trainer reads: numbers of packs, each of which becomes its pack when it is asked for"
     from datasets import Dataset
@@ -598,6 +593,7 @@ def _as_dataset(packs, total):
 def _trainer(model, tokenizer, packs, recipe, test_examples, callbacks):
     "TRL's trainer, told what to read and who watches"
     from transformers import PrinterCallback
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     from trl import SFTTrainer
     total, seen, watch = count_packs(recipe, packs), [], _watch(model, test_examples, recipe)
     def batch(packs):
@@ -607,6 +603,7 @@ def _trainer(model, tokenizer, packs, recipe, test_examples, callbacks):
     trainer = SFTTrainer(model=model, args=training_arguments(recipe, _steps_of(recipe, packs)), train_dataset=_as_dataset(packs, total),
         processing_class=tokenizer, data_collator=batch, callbacks=[_progress(recipe, seen, watch), watch, *callbacks])
     trainer.remove_callback(PrinterCallback)
+    watch.trackers = [c for c in trainer.callback_handler.callbacks if isinstance(c, tuple(INTEGRATION_TO_CALLBACK[n] for n in _check_trackers(recipe.report_to)))]
     trainer.create_model_card = lambda *args, **kw: None # the adapter gets a card of its own
     _use_loraplus(trainer, recipe)
     return trainer
@@ -677,7 +674,15 @@ def train(
     if recipe.keep_best and _tested(history): _take_weights(model, folder/_BEST)
     return history
 
-# %% ../nbs/03_train.ipynb #ebb6c9a9
+# %% ../nbs/03_train.ipynb #74af5a9c
+def loss_points(
+    history:list[dict], # from `train`
+    before:float|None=None, # the test loss before training
+)->tuple[list, list]: # steps and losses of the training, and of the test
+    "What a curve of losses goes through"
+    start = [(0, before)] if before is not None else []
+    return [(h["step"], float(h["loss"])) for h in history if "loss" in h], start + [(h["step"], h["test_loss"]) for h in history if "test_loss" in h]
+
 def plot_losses(
     history:list[dict], # from `train`
     before:float|None=None, # the test loss before training
@@ -686,8 +691,7 @@ def plot_losses(
     "Training and test loss by step"
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    trained = [(h["step"], float(h["loss"])) for h in history if "loss" in h]
-    tested = ([(0, before)] if before is not None else []) + [(h["step"], h["test_loss"]) for h in history if "test_loss" in h]
+    trained, tested = loss_points(history, before)
     ax.plot(*zip(*trained), lw=1, color="tab:blue", alpha=.7, label=f"training, {'all' if loss_on == 'all' else 'completion'} tokens")
     if tested: ax.plot(*zip(*tested), "o-", color="tab:orange", label="test, completion tokens")
     ax.set(xlabel="step", ylabel="loss (nats a token)")
