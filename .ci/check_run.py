@@ -1,4 +1,4 @@
-"Fails unless a finished run's notebook holds no error, its adapter loads and describes, its test loss fell, and its evaluation calls loss and chrF better than the base model's."
+"Fails unless a finished run's notebook holds no error, its manifest is as documented, its adapter loads and describes, its test loss fell, and its evaluation calls loss and chrF better than the base model's."
 import html, json, sys
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import nbformat
 from descgen.inference import describe, load_adapter
 from descgen.files import read_record
 from descgen.evaluation import BASE
+from descgen.runs import ENTRIES, edited, read_manifest
 from descgen.verdict import outcome, verdict
 
 folder = Path(sys.argv[1])
@@ -14,6 +15,9 @@ assert outputs and not [o for o in outputs if o.output_type == "error"], "the ex
 record = read_record(folder)
 loss = record["test_loss"]
 assert record["state"] == "finished" and loss["after"] < loss["before"], f"the test loss did not fall: {loss}"
+manifest = read_manifest(folder).keys() - {"id"}
+assert manifest == ENTRIES.keys() - {"failed", "resumed_from"}, f"the manifest is not as its table says: {manifest ^ ENTRIES.keys()}"
+assert not edited(folder) and record["model"]["files"]["model.safetensors"], "the manifest's hashes are not those of the files"
 model, tokenizer = load_adapter(folder/"adapter")
 assert describe(model, tokenizer, ["Tin Whistle in D (Brass)"], sample=False, max_new_tokens=32)[0], "the adapter says nothing"
 found = json.loads((folder/"evaluation.json").read_text(encoding="utf-8"))

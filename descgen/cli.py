@@ -96,7 +96,7 @@ def _parameters(recipes, words):
         values |= given
     return values, said
 
-# %% ../nbs/09_cli.ipynb #11426c82
+# %% ../nbs/09_cli.ipynb #f290d4fd
 def _checked(values, notebook):
     "All parameters of a run, and what decides its result: most of them, and the data's hash; ValueError and FileNotFoundError where it cannot run"
     from descgen.data import find_data
@@ -112,7 +112,8 @@ def _execute(folder, given, notebook):
     "Execute into a run's folder, and say which; the manifest"
     from descgen.runs import execute
     typer.echo(f"{folder}", err=True)
-    return execute(folder, {k: v for k, v in given.items() if k not in ("output_dir", "overwrite")}, notebook) # a run has a folder of its own
+    try: return execute(folder, {k: v for k, v in given.items() if k not in ("output_dir", "overwrite")}, notebook) # a run has a folder of its own
+    except OSError as e: raise OSError(f"{e}. Once that is mended, `descgen resume {folder.name}` goes on from its last checkpoint.") from e
 
 def _start(values, name, root, notebook):
     "Take a folder and execute; the manifest"

@@ -9,12 +9,12 @@ __all__ = ['MANIFEST', 'write_text', 'as_jsonl', 'cache_folder', 'sha256_file', 
 import hashlib, json, os
 from pathlib import Path
 
-# %% ../nbs/00_files.ipynb #c039
+# %% ../nbs/00_files.ipynb #80a7f4cf
 def write_text(
     path:str|Path, # where the text shall stand; its folder is made
     text:str, # all of it
 )->Path: # the same path
-    "Write a text file whole or not at all"
+    "Write a text file whole or not at all; OSError names it"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -24,6 +24,7 @@ def write_text(
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
+    except OSError as e: raise OSError(e.errno, e.strerror or str(e), str(path)) from e # a full disk does not say which file had no room
     finally: aside.unlink(missing_ok=True)
     return path
 
