@@ -91,6 +91,7 @@ def descgen(recipe, rows, tokens, watch, compile=False):
     "descgen's own stages: packs, one row a batch"
     from datasets import Dataset
     from descgen.formatting import Packs, template_parts
+    from descgen.layers import swap, unsloth_functions
     from descgen.model import add_lora, load_model
     from descgen.train import compute_dtype, train
     model, tokenizer = load_model(recipe.model_id, recipe.max_seq_length, recipe.load_in_4bit, compute_dtype(recipe))
@@ -98,7 +99,10 @@ def descgen(recipe, rows, tokens, watch, compile=False):
     each = statistics.mean(len(packs[i]["input_ids"]) for i in range(32))
     model = add_lora(model, recipe.r, recipe.lora_alpha, recipe.lora_dropout, recipe.target_modules, recipe.gradient_checkpointing)
     model.register_forward_pre_hook(watch.count, with_kwargs=True)
-    with compiled(compile): train(model, tokenizer, packs, recipe.model_copy(update={"max_steps": steps_for(recipe, each, tokens)}), callbacks=[watch])
+    try:
+        with compiled(compile): train(model, tokenizer, packs, recipe.model_copy(update={"max_steps": steps_for(recipe, each, tokens)}), callbacks=[watch])
+    finally:
+        if has_gpu(): swap({new: old for old, new in unsloth_functions().items()}) # the next way may be Unsloth's own
     return model
 
 def unsloth_way(packing):
