@@ -258,7 +258,7 @@ def scores(
         if name != TUNED: differences[name] = {m: compare(mine[m], c, draws) for m, c in found.items() if m in mine}
     return {"rows": draws.shape[1], "values": values, "differences": differences}
 
-# %% ../nbs/05_evaluation.ipynb #ef7e06f5
+# %% ../nbs/05_evaluation.ipynb #9e29806a
 def evaluate(
     model, # with its adapter
     tokenizer, # of the model
@@ -267,7 +267,7 @@ def evaluate(
     parts, # the template's, as in training
     recipe, # settled: its precision, sampling and seed
     leaked:set=frozenset(), # numbers of test rows of which `train` holds a copy or near copy, from `audit`
-)->dict: # texts, scores of all rows, of the clean and of the leaked ones, and how many were leaked and left out
+)->dict: # texts, scores of all rows, of the clean and of the leaked ones, what base and fine-tuned model got in each row, and how many were leaked and left out
     "Base and fine-tuned model and baselines over the same titles"
     from contextlib import nullcontext
     from descgen.formatting import encode_rows
@@ -282,7 +282,7 @@ def evaluate(
         with context(): columns[name] |= {m: np.array(c, float) for m, c in loss_columns(model, examples, contents, recipe).items()}
     return {"left out": len(rows) - len(fit), "leaked": sum(i in leaked for i in numbers), "titles": titles, "catalogue": contents,
             "said": {n: [list(pair) for pair in pairs] for n, pairs in said.items()}, "distinct": {n: distinct([t for t, _ in pairs]) for n, pairs in said.items()},
-            "chrF": {n: c["chrF"][:, 0].tolist() for n, c in columns.items()}, "scores": _by_subset(columns, [i in leaked for i in numbers], recipe.seed)}
+            "each": {n: {m: np.asarray(c).tolist() for m, c in columns[n].items()} for n in (BASE, TUNED)}, "scores": _by_subset(columns, [i in leaked for i in numbers], recipe.seed)}
 
 # %% ../nbs/05_evaluation.ipynb #5a77149b
 def _by_subset(columns, leaked, seed):
