@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['keep_mask', 'segments', 'unsloth_functions', 'swap', 'exact_layers']
 
-# %% ../nbs/01a_layers.ipynb #505261f6
-import os, sys, types, weakref
+# %% ../nbs/01a_layers.ipynb #8648785a
+import os, sys, types
 from functools import lru_cache
 
 import unsloth # before transformers and peft, which it changes
@@ -165,24 +165,12 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100") # read when the 
 # %% ../nbs/01a_layers.ipynb #bd064fef
 def _without_gaps(layer, given): return tuple(t.contiguous() for t in given)
 
-# %% ../nbs/01a_layers.ipynb #04adc885
-_kept = {} # the input that was copied last, and the copy with room behind it; gone with the input
-
-def _with_inner(X, X_lora, A):
-    "[x, A·x]; several matrices that read one input share its copy, but for traced code, which cannot keep one"
-    rows, A = X_lora.reshape(-1, X.shape[-1]), A.to(X.dtype).t()
-    if torch.compiler.is_compiling(): return torch.cat([X.reshape(rows.shape), rows @ A], 1)
-    if _kept.get("of", bool)() is not X or _kept["copy"].shape[1] != X.shape[-1] + A.shape[1]:
-        _kept.clear()
-        copy = X.new_empty(len(rows), X.shape[-1] + A.shape[1])
-        copy[:, :X.shape[-1]] = X.reshape(rows.shape)
-        _kept.update(of=weakref.ref(X, lambda _: _kept.clear()), copy=copy)
-    torch.mm(rows, A, out=_kept["copy"][:, X.shape[-1]:])
-    return _kept["copy"]
-
-def _one_product(X, X_lora, W, A, B, s):
+# %% ../nbs/01a_layers.ipynb #56c1335a
+def _added_once(X, X_lora, W, A, B, s):
     "X times the base and X_lora times the adapter, rounded once"
-    return (_with_inner(X, X_lora, A) @ torch.cat([W, (B*s).to(X.dtype)], 1).t()).view(*X.shape[:-1], -1)
+    if s == 1: B, s = B/2, 2
+    delta = X_lora.reshape(-1, X.shape[-1]) @ A.to(X.dtype).t() @ B.to(X.dtype).t()
+    return delta.addmm_(X.reshape(-1, X.shape[-1]), W.t(), beta=s).view(*X.shape[:-1], -1)
 
 # %% ../nbs/01a_layers.ipynb #23795f42
 def _fits(X, W, state):
@@ -198,20 +186,20 @@ def _one_token(X, W, state, A, B, s):
     else: total = torch.mm(X[:, 0], utils.fast_dequantize(W, state, use_global_buffer=True, dtype=X.dtype).t(), out_dtype=torch.float32)
     return torch.addmm(total, X[:, 0] @ A.t(), B.t(), out_dtype=torch.float32, alpha=s)[:, None]
 
-# %% ../nbs/01a_layers.ipynb #e8ccba6b
+# %% ../nbs/01a_layers.ipynb #da56bc3f
 @lru_cache(1)
 def unsloth_functions()->dict: # Unsloth's functions, and what takes their place
-    "What Unsloth adds an adapter with on a GPU, and the same with one product"
+    "What Unsloth adds an adapter with on a GPU, and the same rounded once"
     from unsloth.kernels import fast_lora, utils
     plain, ext, token = utils.matmul_lora, fast_lora._matmul_lora_ext, utils.fast_linear_forward
     def matmul_lora(X, W, W_quant, A, B, s, out=None, use_global_buffer=True):
-        "Unsloth's function, in one product where that fits"
+        "Unsloth's function, rounded once where that fits"
         if A is None or not _fits(X, W, W_quant): return plain(X, W, W_quant, A, B, s, out, use_global_buffer)
-        return _one_product(X, X, utils.fast_dequantize(W, W_quant, use_global_buffer=use_global_buffer, dtype=X.dtype), A, B, s)
+        return _added_once(X, X, utils.fast_dequantize(W, W_quant, use_global_buffer=use_global_buffer, dtype=X.dtype), A, B, s)
     def _matmul_lora_ext(X, X_lora, W, W_quant, A, B, S, bias):
         "The same, where base and adapter read different inputs"
         if A is None or bias is not None or not _fits(X, W, W_quant): return ext(X, X_lora, W, W_quant, A, B, S, bias)
-        return _one_product(X, X_lora, utils.fast_dequantize(W, W_quant, use_global_buffer=False, dtype=X.dtype), A, B, S)
+        return _added_once(X, X_lora, utils.fast_dequantize(W, W_quant, use_global_buffer=False, dtype=X.dtype), A, B, S)
     def fast_linear_forward(proj, X, temp_lora=None, out=None):
         "Unsloth's function, added up in 32 bits where that fits"
         if X.shape[1] != 1 or not _plain(proj): return token(proj, X, temp_lora, out)

@@ -1,6 +1,6 @@
 """Does bf16 swallow small adapters on this card, and what mends it? The same adapter weights, judged in float32 and in what Unsloth computes.
 
-    python bench/gpu/precision.py unsloth llama 4 WORK     # trains a small adapter; Unsloth as it comes, and with base and adapter in one product
+    python bench/gpu/precision.py unsloth llama 4 WORK     # trains a small adapter; Unsloth as it comes, and with base and adapter rounded once
     python bench/gpu/precision.py plain llama 4 WORK       # the same weights in float32, and in transformers' and PEFT's bf16; reads what the first wrote
     python bench/gpu/precision.py speed llama 4 WORK       # training steps in both ways, interleaved
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from measure import device, forget_peak, keep, now, peak_gb, turn
 from models import model_folder, read_rows
 
-WAYS = ("stock", "one product")
+WAYS = ("stock", "added once")
 STEPS, AFTER, LR, BATCH, OTHERS = 24, (4, 24), 2e-4, 16, 64
 
 def batches(tokenizer, path):
@@ -115,13 +115,13 @@ def come_through(X, W, W_quant, A, B, s):
     "How much of an adapter's addition is left, in each way: regression of what was added on what should have been"
     import torch
     from unsloth.kernels import utils
-    from one_product import one_product
+    from added_once import added_once
     base = X.double() @ utils.fast_dequantize(W, W_quant).double().t()
     exact = (X.double() @ A.double().t() @ B.double().t())*s
     def of(f): return ((f(X, W, W_quant, A, B, s).double() - base)*exact).sum().item()/exact.square().sum().item()
     with torch.no_grad():
         found = {"stock": of(utils.matmul_lora), "addmm": of(addmm)}
-        with one_product(): found["one product"] = of(utils.matmul_lora)
+        with added_once(): found["added once"] = of(utils.matmul_lora)
     return found | {"addition, in half units in the last place": (exact.abs()/(base.abs()*2**-9)).median().item()}
 
 def long_rows(batches, start=48, new=32):
@@ -162,33 +162,33 @@ def decode_loss(model, ids, start=48):
 
 def train_both(model, train, others):
     "An adapter trained in each way, from the same beginning"
-    from one_product import one_product
+    from added_once import added_once
     first = {n: p.detach().clone() for n, p in adapter(model).items()}
     found, adapters = {}, {"first": first}
     for way in WAYS:
         put(model, first)
-        with one_product(way != "stock"): after, found[f"losses, {way}"] = learn(model, train)
+        with added_once(way != "stock"): after, found[f"losses, {way}"] = learn(model, train)
         adapters |= {f"{way} {i}": a for i, a in after.items()}
     return found, adapters
 
 def judge(model, adapters, others, batch):
     "Each adapter's loss and gradient in each way"
-    from one_product import one_product
+    from added_once import added_once
     found, grads = {}, {}
     for name in [n for n in adapters if n != "first"]:
         put(model, adapters[name])
         for way in WAYS:
-            with one_product(way != "stock"):
+            with added_once(way != "stock"):
                 found[f"loss of {name}, {way}"], grads[f"{name}, {way}"] = mean_loss(model, others), gradient(model, batch)
         found[f"gradients of {name}, cosine"] = cosine(*[grads[f"{name}, {way}"] for way in WAYS])
     return found, grads
 
 def decode_both(model, ids):
     "Step by step losses and times in each way; each three times, of which the last is kept"
-    from one_product import one_product
+    from added_once import added_once
     found = {}
     for way in WAYS*3:
-        with one_product(way != "stock"): found[f"decoding, {way}"] = decode_loss(model, ids)
+        with added_once(way != "stock"): found[f"decoding, {way}"] = decode_loss(model, ids)
     return found
 
 def unsloth_side(args):
@@ -259,12 +259,12 @@ def whole_loss(model, ids, start=48):
 def steps(model, batch, rounds):
     "Seconds of a training step in each way, interleaved"
     import torch
-    from one_product import one_product
+    from added_once import added_once
     optimizer, seconds = torch.optim.AdamW(adapter(model).values(), lr=LR), {w: [] for w in WAYS}
     model.train()
     for i in range(rounds + 3):
         for way in WAYS if i % 2 else WAYS[::-1]:
-            with one_product(way != "stock"):
+            with added_once(way != "stock"):
                 start = now()
                 with autocast(): loss = model(**batch, use_cache=False).loss
                 loss.backward(); optimizer.step(); optimizer.zero_grad()

@@ -7,7 +7,7 @@ import re, statistics, sys
 
 from measure import ROOT, kept
 
-WAYS = ("stock", "one product")
+WAYS = ("stock", "added once")
 
 def table(head, rows): return ["", "| " + " | ".join(head) + " |", "|" + "---|"*len(head), *("| " + " | ".join(map(str, r)) + " |" for r in rows), ""] if rows else []
 
@@ -51,14 +51,14 @@ def decoding_of(model, bits):
 def precision():
     "Losses, what comes through, and what it costs"
     which = [("llama", 4), ("llama", 16), ("embedded", 4), ("embedded", 16)]
-    head = ["base", "adapter trained by", "float32", "Unsloth", "Unsloth, one product", "transformers + PEFT, bf16"]
+    head = ["base", "adapter trained by", "float32", "Unsloth", "Unsloth, added once", "transformers + PEFT, bf16"]
     lines = ["Loss of the same adapter weights on other rows, nats a completion token."] + table(head, [r for m, b in which for r in losses_of(m, b)])
     through = [[f"{m}, {b} bits", name, *(f"{v:.3f}" for v in found.values())] for m, b in which for name, found in kept(f"precision-unsloth-{m}-{b}").get("come through", {}).items()]
-    if through: lines += ["Share of an adapter's addition that comes through in a middle layer, after four steps."] + table(["base", "matrix", "Unsloth", "added by addmm", "one product", "addition in half units"], through)
+    if through: lines += ["Share of an adapter's addition that comes through in a middle layer, after four steps."] + table(["base", "matrix", "Unsloth", "added by addmm", "added once", "addition in half units"], through)
     decoded = [r for m, b in which for r in decoding_of(m, b)]
     if decoded: lines += ["Loss of a forced text where `generate` computes each token by itself, after four steps; time of a step."] + table(["base", "rows", "float32, whole", "Unsloth", "descgen"], decoded)
-    costs = [[f"{m}, {b} bits", name, *(f"{r[w]:,.0f}" for w in WAYS), f"{r['one product']/r['stock'] - 1:+.1%}"] for m, b in which for name, r in kept(f"precision-speed-{m}-{b}").items() if name != "decoding"]
-    if costs: lines += ["What it costs: training tokens a second."] + table(["base", "settings", "Unsloth", "one product", ""], costs)
+    costs = [[f"{m}, {b} bits", name, *(f"{r[w]:,.0f}" for w in WAYS), f"{r['added once']/r['stock'] - 1:+.1%}"] for m, b in which for name, r in kept(f"precision-speed-{m}-{b}").items() if name != "decoding"]
+    if costs: lines += ["What it costs: training tokens a second."] + table(["base", "settings", "Unsloth", "added once", ""], costs)
     return lines if any(line.startswith("| llama") or line.startswith("| embedded") for line in lines) else []
 
 def correct():

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 import torch
 
 @contextmanager
-def one_product(on=True):
+def added_once(on=True):
     "Unsloth with the adapter and the base rounded once, or as it comes; where there is no GPU, as it is"
     from descgen.layers import swap, unsloth_functions
     if torch.cuda.is_available(): swap(unsloth_functions() if on else {new: old for old, new in unsloth_functions().items()})
