@@ -57,16 +57,17 @@ def refuse_secrets(
         if _SECRET_NAME.search(name) or redact(text, environ, "") != text:
             raise ValueError(f"The parameter {name!r} looks like a secret. Parameters are stored with the run: give secrets in the environment, such as HF_TOKEN.")
 
-# %% ../nbs/06_runs.ipynb #f6c5f412
+# %% ../nbs/06_runs.ipynb #7522705d
 _TEXTS = {".json", ".jsonl", ".ipynb", ".html", ".md", ".txt", ".diff", ".log", ".yaml", ".jinja"}
+_VOCABULARIES = {"tokenizer.json", "vocab.json", "merges.txt"}
 
 def clear_secrets(
     folder:str|Path, # of a run
     environ:dict=os.environ, # whose secrets must not be there
 )->list[str]: # names of the files that held some, or the home's path
-    "Redact every text file under a folder"
+    "Redact every text file under a folder, but for vocabularies"
     held = []
-    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.is_symlink() and p.suffix in _TEXTS):
+    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.is_symlink() and p.suffix in _TEXTS and p.name not in _VOCABULARIES):
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
         clear = redact(text, environ)
         if clear != text: write_text(path, clear); held.append(str(path.relative_to(folder)))

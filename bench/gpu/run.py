@@ -22,15 +22,16 @@ def parts(work):
     def both(script): return [(script, f"{script}-{side}-llama", [f"{script}.py", side, "llama", work]) for side in ("unsloth", "plain")]
     def notebook(model, steps): return ("notebook", f"notebook-{model}", ["notebook.py", model, work, "--max-steps", steps])
     return [[("models", f"models-{m}", ["models.py", m, work]) for m in ("llama", "embedded")],
-        [("correct", f"correct-{m}", ["correct.py", m, work]) for m in ("llama", "embedded")] + precision("unsloth", *BITS),
+        [("correct", f"correct-{m}", ["correct.py", m, work]) for m in ("llama", "embedded")] + precision("unsloth", *BITS) + [("precision", "adding", ["adding.py"])],
         precision("plain", *BITS) + [notebook("embedded", 60)],
         both("speed") + [("settings", "speed-settings-llama", ["speed.py", "settings", "llama", work])] + both("generate") + precision("speed", *BITS[:2]),
         [notebook("llama", 200)]]
 
 def start(name, command, args):
     "One part as a process of its own, with a log of its own"
-    small = [] if not args.small else ["small"] if command[0] == "models.py" else ["--small"]
-    rows = [] if command[0] == "models.py" else ["--rows", args.rows]
+    plain = command[0] in ("models.py", "adding.py") # which read no rows
+    small = [] if not args.small or command[0] == "adding.py" else ["small"] if plain else ["--small"]
+    rows = [] if plain else ["--rows", args.rows]
     own = {"UNSLOTH_COMPILE_LOCATION": str((KEPT/f"compiled-{name}").resolve()), "PYTHONUNBUFFERED": "1"} # of two processes in one folder, one finds half a file
     with open(KEPT/f"{name}.log", "w") as log:
         return subprocess.Popen([sys.executable, *map(str, [HERE/command[0], *command[1:], *rows, *small])], stdout=log, stderr=log, env=os.environ | own)

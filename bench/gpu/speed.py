@@ -54,7 +54,7 @@ def watched():
 def rate(watch, model, card):
     "What a training did after its first steps"
     seconds, tokens = watch.times[-1] - watch.times[WARM - 1], watch.tokens[-1] - watch.tokens[WARM - 1]
-    return {"tokens a second": tokens/seconds, "useful tokens": tokens, "seconds": seconds, "gb": peak_gb(), "share of the card": tokens/seconds*flop_per_token(model.config)/card}
+    return {"tokens a second": tokens/seconds, "useful tokens": tokens, "seconds": seconds, "gb": peak_gb(), "card": card, "share of the card": tokens/seconds*flop_per_token(model.config)/card}
 
 def steps_for(recipe, each, tokens):
     "Steps with so many useful tokens, where a pack or row holds so many"
@@ -167,7 +167,7 @@ def side_by_side(args, source, rows, tokens, card):
             for way, f in list(WAYS[args.side].items())[::-1 if i % 2 else 1]:
                 if i and "padded" in way: continue
                 found.setdefault(f"{name}: {way}", []).append(measure(f, recipe(source, args.small, *files, loss_on="all"), rows, tokens, card))
-                print(keep(f"speed-{args.side}-{args.model}", {"card": card, "found": found})["found"][f"{name}: {way}"], flush=True)
+                print(keep(f"speed-{args.side}-{args.model}", {"found": found})["found"][f"{name}: {way}"], flush=True)
     return found
 
 def settings(args, source, rows, tokens, card):
@@ -177,7 +177,7 @@ def settings(args, source, rows, tokens, card):
         compile = more.pop("compile", False)
         if args.match and not any(word in name for word in args.match): return
         found[name] = [measure(descgen, recipe(source, args.small, *files, **more), rows, tokens, card, compile=compile)]
-        print(keep(f"speed-settings-{args.model}", {"card": card, "found": found})["found"][name], flush=True)
+        print(keep(f"speed-settings-{args.model}", {"found": found})["found"][name], flush=True)
     for name, more in TRIED.items(): note(name, **more)
     for name, gb in CARDS.items():
         with memory_of(gb): note(f"recipes/best.yaml and {name}.yaml", "best", name)
@@ -192,7 +192,7 @@ def main(args):
     with turn():
         card = matmul_rate()
         found = (settings if args.side == "settings" else side_by_side)(args, source, rows, 200 if args.small else TOKENS, card)
-    return {"card": card, "found": found}
+    return {"found": found}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -11,19 +11,21 @@ WAYS = ("stock", "added once")
 
 def table(head, rows): return ["", "| " + " | ".join(head) + " |", "|" + "---|"*len(head), *("| " + " | ".join(map(str, r)) + " |" for r in rows), ""] if rows else []
 
+HEAD = ["useful tokens a second", "peak memory", "card's rate", "share of it"]
+
 def speed_row(name, runs):
-    "A table's row; the reason where a way did not run"
+    "A table's row: medians, and the least memory, for what ran before in a process may have left some; the reason where a way did not run"
     ran = [r for r in runs if "gb" in r]
-    if not ran: return [*name.split(": ", 1), runs[0]["failed"], "", ""]
-    return [*name.split(": ", 1), f"{statistics.median(r['tokens a second'] for r in ran):,.0f}", f"{max(r['gb'] for r in ran):.1f} GB", f"{statistics.median(r['share of the card'] for r in ran):.0%}"]
+    if not ran: return [*name.split(": ", 1), runs[0]["failed"], *[""]*3]
+    middle = {k: statistics.median(r[k] for r in ran) for k in ("tokens a second", "card", "share of the card")}
+    return [*name.split(": ", 1), f"{middle['tokens a second']:,.0f}" + f" ({len(ran)} runs)"*(len(ran) > 1), f"{min(r['gb'] for r in ran):.1f} GB", f"{middle['card']/1e12:.0f} TFLOP/s", f"{middle['share of the card']:.0%}"]
 
 def speed():
     "Tokens a second, memory and share of the card's rate"
-    both, alone = [kept(f"speed-{side}-llama") for side in ("unsloth", "plain")], kept("speed-settings-llama")
-    rows = sorted(speed_row(*item) for found in both for item in found.get("found", {}).items())
-    rates = " and ".join(f"{found['card']/1e12:.0f}" for found in [*both, alone] if found)
-    lines = [f"Training Llama 3.2 1B's shape on all tokens. Measured rate of the card's bf16 products: {rates} TFLOP/s.", *table(["settings", "", "useful tokens a second", "peak memory", "share of that rate"], rows)] if rows else []
-    return lines + ([f"What each setting does, descgen alone. Measured rate of the card's bf16 products: {alone['card']/1e12:.0f} TFLOP/s.", *table(["settings", "useful tokens a second", "peak memory", "share of that rate"], [speed_row(*item) for item in alone["found"].items()])] if alone else [])
+    both, alone = [kept(f"speed-{side}-llama").get("found", {}) for side in ("unsloth", "plain")], kept("speed-settings-llama").get("found", {})
+    rows = sorted(speed_row(*item) for found in both for item in found.items())
+    lines = ["Training Llama 3.2 1B's shape on all tokens; the card's rate in bf16 products was measured before each process.", *table(["settings", "", *HEAD], rows)] if rows else []
+    return lines + (["What each setting does, descgen alone.", *table(["settings", *HEAD], [speed_row(*item) for item in alone.items()])] if alone else [])
 
 def generate():
     "Descriptions a minute"
@@ -54,7 +56,9 @@ def precision():
     head = ["base", "adapter trained by", "float32", "Unsloth", "Unsloth, added once", "transformers + PEFT, bf16"]
     lines = ["Loss of the same adapter weights on other rows, nats a completion token."] + table(head, [r for m, b in which for r in losses_of(m, b)])
     through = [[f"{m}, {b} bits", name, *(f"{v:.3f}" for v in found.values())] for m, b in which for name, found in kept(f"precision-unsloth-{m}-{b}").get("come through", {}).items()]
-    if through: lines += ["Share of an adapter's addition that comes through in a middle layer, after four steps."] + table(["base", "matrix", "Unsloth", "added by addmm", "added once", "addition in half units"], through)
+    if through: lines += ["Share of an adapter's addition that comes through in a middle layer, after four steps."] + table(["base", "matrix", "Unsloth", "addmm that begins at 1 times the addition", "added once", "addition in half units"], through)
+    kept_shares = [[*name.split(", ", 1), f"{v['stock']:.3f}" if "stock" in v else "", f"{v['added once']:.3f}"] for name, v in kept("adding").items()]
+    if kept_shares: lines += ["The same of random numbers in the shape of Llama's gate, 0.013 half units in the last place at scale 1."] + table(["type", "scale", "Unsloth", "added once"], kept_shares)
     decoded = [r for m, b in which for r in decoding_of(m, b)]
     if decoded: lines += ["Loss of a forced text where `generate` computes each token by itself, after four steps; time of a step."] + table(["base", "rows", "float32, whole", "Unsloth", "descgen"], decoded)
     costs = [[f"{m}, {b} bits", name, *(f"{r[w]:,.0f}" for w in WAYS), f"{r['added once']/r['stock'] - 1:+.1%}"] for m, b in which for name, r in kept(f"precision-speed-{m}-{b}").items() if name != "decoding"]
