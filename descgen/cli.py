@@ -177,7 +177,7 @@ def runs(
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines: typer.echo("  ".join(v.ljust(w) for v, w in zip(line, widths)).rstrip())
 
-# %% ../nbs/09_cli.ipynb #12888fe9
+# %% ../nbs/09_cli.ipynb #da59a77c
 @app.command("sweep")
 def sweep(
     path:Annotated[Path, typer.Argument(help="A YAML file with base, grid and sets")],
@@ -193,7 +193,9 @@ def sweep(
         decided = [_checked(s, notebook)[1] for s in sets] # all of them, before the first run
         ended = [finished_with(d, root) or _start(s, name, root, notebook) for s, d in zip(sets, decided)]
     varied = [k for k in dict.fromkeys(k for s in sets for k in s) if len({json.dumps(s.get(k)) for s in sets}) > 1]
-    for s, m in zip(sets, ended): typer.echo("  ".join([m["id"], m["state"], f"loss {m.get('test_loss', {}).get('after')}", *(f"{k} {s.get(k)}" for k in varied)]))
+    for s, m in zip(sets, ended):
+        loss = (m.get("test_loss") or {}).get("after")
+        typer.echo("  ".join([m["id"], m["state"], "no loss" if loss is None else f"loss {loss:.3f}", *(f"{k} {s.get(k)}" for k in varied)]))
     if any(m["state"] != "finished" for m in ended): raise typer.Exit(1)
 
 # %% ../nbs/09_cli.ipynb #0ddcf69a
