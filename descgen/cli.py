@@ -161,7 +161,13 @@ def resume(
         done = _execute(folder, first["given"], notebook)
     _say_end(done, root)
 
-# %% ../nbs/09_cli.ipynb #9989e59f
+# %% ../nbs/09_cli.ipynb #5cd868cd
+def _table(head, rows):
+    "Rows under a head, in columns"
+    lines = [head] + [["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(v.ljust(w) for v, w in zip(line, widths)).rstrip() for line in lines)
+
 @app.command("runs")
 def runs(
     state:Annotated[str|None, typer.Option(help="Only these: running, finished, failed, interrupted, damaged, newer")]=None,
@@ -172,12 +178,9 @@ def runs(
     "List runs"
     from descgen.runs import list_runs
     with _or_end("No list"): rows = list_runs(root, state, sort)
-    if as_json: return typer.echo(json.dumps(rows, ensure_ascii=False))
-    lines = [["id", "state", "model", "rows", "steps", "loss", "minutes", ""]] + [[str("" if v is None else round(v, 3) if isinstance(v, float) else v) for v in r.values()] for r in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines: typer.echo("  ".join(v.ljust(w) for v, w in zip(line, widths)).rstrip())
+    typer.echo(json.dumps(rows, ensure_ascii=False) if as_json else _table(["id", "state", "model", "rows", "steps", "loss", "minutes", ""], [r.values() for r in rows]))
 
-# %% ../nbs/09_cli.ipynb #da59a77c
+# %% ../nbs/09_cli.ipynb #2b952aa4
 @app.command("sweep")
 def sweep(
     path:Annotated[Path, typer.Argument(help="A YAML file with base, grid and sets")],
@@ -193,9 +196,7 @@ def sweep(
         decided = [_checked(s, notebook)[1] for s in sets] # all of them, before the first run
         ended = [finished_with(d, root) or _start(s, name, root, notebook) for s, d in zip(sets, decided)]
     varied = [k for k in dict.fromkeys(k for s in sets for k in s) if len({json.dumps(s.get(k)) for s in sets}) > 1]
-    for s, m in zip(sets, ended):
-        loss = (m.get("test_loss") or {}).get("after")
-        typer.echo("  ".join([m["id"], m["state"], "no loss" if loss is None else f"loss {loss:.3f}", *(f"{k} {s.get(k)}" for k in varied)]))
+    typer.echo(_table(["id", "state", "loss", *varied], [[m["id"], m["state"], m.get("test_loss", {}).get("after"), *map(s.get, varied)] for s, m in zip(sets, ended)]))
     if any(m["state"] != "finished" for m in ended): raise typer.Exit(1)
 
 # %% ../nbs/09_cli.ipynb #0ddcf69a

@@ -138,7 +138,7 @@ def load_model(
     pin_date(tokenizer, date_string)
     return model, tell_pad_from_end(tokenizer, template_parts(tokenizer))
 
-# %% ../nbs/02_model.ipynb #4dcd1321
+# %% ../nbs/02_model.ipynb #59e2a99b
 def _files_of(source):
     "The files of a model's folder, or of its copy in the hub's cache, by name"
     from huggingface_hub import try_to_load_from_cache
@@ -151,7 +151,9 @@ def fingerprint(
     tokenizer, # of the model
 )->dict: # `source`: what was loaded; `files`: the SHA-256 of each; `tokenizer_sha256` and `template_sha256`
     "Which model this is, beyond doubt"
-    def sha(text): return hashlib.sha256(text.encode()).hexdigest()
+    def sha(text):
+        "A text's SHA-256"
+        return hashlib.sha256(text.encode()).hexdigest()
     source = model.config._name_or_path
     return {"source": Path(source).name if Path(source).is_dir() else source, "files": {name: sha256_file(p) for name, p in _files_of(source).items()},
         "tokenizer_sha256": sha(tokenizer.backend_tokenizer.to_str()), "template_sha256": sha(tokenizer.chat_template)}

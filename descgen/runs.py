@@ -121,16 +121,20 @@ def circumstances(
         "lock_sha256": sha256_file(lock) if Path(lock).is_file() else None, "machine": _machine(), "process": _process(),
         "versions": dict(sorted((d.metadata["Name"], d.version) for d in distributions() if d.metadata["Name"]))}
 
-# %% ../nbs/06_runs.ipynb #f93b4eab
-ENTRIES = { # of a manifest of this schema
-    "schema": "of the manifest: this table's version", "state": "running, finished or failed; one of a process that is gone is read as interrupted",
-    "started": "when, in UTC", "ended": "when, in UTC", "given": "the parameters as given", "decides": "all that decides which adapter comes out: parameters as settled for the machine, the data's key, versions of what computes",
-    "data_path": "the file trained on", "data_sha256": "its hash", "repeats": "exact: the same parameters give the same bytes on this machine; or approximate", "code": "git's commit, and what was changed since",
-    "lock_sha256": "the hash of what was to be installed", "versions": "of all that was installed", "machine": "processor, cores, memory, GPU, system, Python", "process": "who answers for the run",
-    "model": "what was loaded, the hash of each of its files, of the tokenizer and of the template", "resumed_from": "the checkpoint that it went on from", "funnel": "what became of the rows", "cleaned": "how many rows each cleaning step changed",
-    "plan": "steps, tokens, memory and time as planned", "leaks": "test rows with a near copy among the training rows", "history": "losses by step", "test_loss": "before and after, nats a completion token",
-    "descriptions": "titles described before and after", "peak_memory_gb": "while training", "minutes": "of the notebook up to the report", "adapter_sha256": "the hash of its weights",
-    "notebook": "the executed notebook's file and hash", "cleared": "files in which a secret or the home's path was hidden", "failed": "the cell and the error"}
+# %% ../nbs/06_runs.ipynb #855dd994
+ENTRIES = { # of a manifest of this schema: its kind in Python, and what it is
+    "schema": (int, "of the manifest: this table's version"), "state": (str, "running, finished or failed; one of a process that is gone is read as interrupted"),
+    "started": (str, "when, in UTC"), "ended": (str, "when, in UTC"), "given": (dict, "the parameters as given"),
+    "decides": (dict, "all that decides which adapter comes out: parameters as settled for the machine, the data's key, versions of what computes"),
+    "data_path": (str, "the file trained on"), "data_sha256": (str, "its hash"), "repeats": (str, "exact: the same parameters give the same bytes on this machine; or approximate"),
+    "code": (dict, "git's commit, and what was changed since"), "lock_sha256": (str, "the hash of what was to be installed"), "versions": (dict, "of all that was installed"),
+    "machine": (dict, "processor, cores, memory, GPU, system, Python"), "process": (dict, "who answers for the run"),
+    "model": (dict, "what was loaded, the hash of each of its files, of the tokenizer and of the template"), "resumed_from": (str, "the checkpoint that it went on from"),
+    "funnel": (dict, "what became of the rows"), "cleaned": (dict, "how many rows each cleaning step changed"), "plan": (dict, "steps, tokens, memory and time as planned"),
+    "leaks": (list, "test rows with a near copy among the training rows"), "history": (list, "losses by step"), "test_loss": (dict, "before and after, nats a completion token"),
+    "descriptions": (list, "titles described before and after"), "peak_memory_gb": ((int, float), "while training"), "minutes": ((int, float), "of the notebook up to the report"),
+    "adapter_sha256": (str, "the hash of its weights"), "notebook": (dict, "the executed notebook's file and hash"),
+    "cleared": (list, "files in which a secret or the home's path was hidden"), "failed": (dict, "the cell and the error")}
 
 # %% ../nbs/06_runs.ipynb #79fd2c8d
 def tell_failures(
@@ -147,27 +151,35 @@ def tell_failures(
         if not error and state == "failed": write_record(folder, state="running", failed=None, ended=None)
     shell.events.register("post_run_cell", after)
 
-# %% ../nbs/06_runs.ipynb #a5333b26
+# %% ../nbs/06_runs.ipynb #8e3f09f5
 def _alive(process):
     "Whether the process that wrote a manifest still runs; True where it ran on another machine, for nobody here can know"
     if not process: return False
-    return process.get("host") != platform.node() or _began(process["id"]) is not None and _began(process["id"]) == process.get("began")
+    return process.get("host") != platform.node() or _began(process.get("id")) is not None and _began(process.get("id")) == process.get("began")
+
+def _read(path):
+    "A manifest's entries; ValueError where it is none, or of a newer schema"
+    try: found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError: raise ValueError("damaged", "it has no manifest")
+    except (ValueError, RecursionError): raise ValueError("damaged", "its manifest is no JSON")
+    if not isinstance(found, dict) or not isinstance(found.get("state"), str): raise ValueError("damaged", "its manifest is not one")
+    found = {k: v for k, v in found.items() if v is not None}
+    if isinstance(schema := found.get("schema", SCHEMA), int) and schema > SCHEMA: raise ValueError("newer", f"its manifest is of schema {schema}, this descgen reads up to {SCHEMA}")
+    if wrong := [k for k, (kind, _) in ENTRIES.items() if k in found and not isinstance(found[k], kind)]: raise ValueError("damaged", f"its manifest's {' and '.join(wrong)} cannot be")
+    return found
 
 def read_manifest(
     folder:str|Path, # of a run
 )->dict: # its manifest with `id` and `state`: running, finished, failed, interrupted, damaged, or newer
     "What is known of a run; never an error"
     folder = Path(folder)
-    try: found = json.loads((folder/MANIFEST).read_text(encoding="utf-8"))
-    except OSError: return {"id": folder.name, "state": "damaged", "why": "it has no manifest"}
-    except ValueError: return {"id": folder.name, "state": "damaged", "why": "its manifest is no JSON"}
-    if not isinstance(found, dict) or not isinstance(found.get("state"), str): return {"id": folder.name, "state": "damaged", "why": "its manifest is not one"}
-    if found.get("schema", SCHEMA) > SCHEMA: return {"id": folder.name, "state": "newer", "why": f"its manifest is of schema {found['schema']}, this descgen reads up to {SCHEMA}"}
-    waits = found["state"] == "finished" and (found.get("process") or {}).get("wraps") and "notebook" not in found
+    try: found = _read(folder/MANIFEST)
+    except ValueError as e: return {"id": folder.name, "state": e.args[0], "why": e.args[1]}
+    waits = found["state"] == "finished" and found.get("process", {}).get("wraps") and "notebook" not in found
     state = "running" if waits else found["state"]
     return {**found, "id": folder.name, "state": "interrupted" if state == "running" and not _alive(found.get("process")) else state}
 
-# %% ../nbs/06_runs.ipynb #557f8ec0
+# %% ../nbs/06_runs.ipynb #fc2b8d58
 RUNS = Path("outputs/runs") # where `descgen run` keeps them
 
 def _folders(root):
@@ -176,8 +188,9 @@ def _folders(root):
 
 def _row(m):
     "What a list says of a run"
-    return {"id": m["id"], "state": m["state"], "model": m.get("decides", {}).get("model_id"), "rows": m.get("plan", {}).get("rows for training"), "steps": m.get("plan", {}).get("steps"),
-        "loss": m.get("test_loss", {}).get("after"), "minutes": m.get("minutes"), "why": m.get("why")}
+    def of(entry, key, kind=(int, float)): return value if isinstance(value := m.get(entry, {}).get(key), kind) else None
+    return {"id": m["id"], "state": m["state"], "model": of("decides", "model_id", str), "rows": of("plan", "rows for training"), "steps": of("plan", "steps"),
+        "loss": of("test_loss", "after"), "minutes": m.get("minutes"), "why": m.get("why")}
 
 def list_runs(
     root:str|Path=RUNS, # the folder of runs

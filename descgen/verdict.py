@@ -130,7 +130,7 @@ figure{margin:1rem 0;background:#fff;border-radius:6px;padding:.5rem}figure svg{
 <h2>What was measured</h2><table>{% for m, (what, way) in measures.items() %}<tr><th>{{ m }}</th><td>{{ what }}{{ {1: "; more is better", -1: "; less is better", 0: ""}[way] }}</td></tr>{% endfor %}</table>
 </html>"""
 
-# %% ../nbs/05b_verdict.ipynb #5beaf73f
+# %% ../nbs/05b_verdict.ipynb #f50ac780
 def _svg(figure):
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
@@ -151,6 +151,7 @@ def write_page(
     page = Environment(autoescape=True).from_string(_PAGE)
     return write_text(path, page.render(name=name, words=words, left_out=left_out, plots=[(c, _svg(f)) for c, f in plots.items()], tables=tables, shown=shown, sides=sides, measures=MEASURES))
 
+# %% ../nbs/05b_verdict.ipynb #0d7542e1
 def _cell(found): return f"{_number(found['value'])} ({_number(found['low'])} to {_number(found['high'])})"
 
 def score_table(

@@ -7,15 +7,16 @@ import torch
 
 from descgen.layers import _added_once
 from measure import device, has_gpu, keep
+from precision import left_of
 
 SCALES = (0.25, 0.5, 1., 1.3, 2., 2.8284271, 4.)
 
 def as_unsloth(X, X_lora, W, A, B, s): return (X @ W.t()).addmm_(X_lora @ A.to(X.dtype).t(), B.to(X.dtype).t(), alpha=s)
 
 def kept_of(add, X, W, A, B, s):
-    "Regression of what was added on what should have been"
+    "How much of the addition is left"
     base, exact = X.float() @ W.float().t(), s*(X.float() @ A.t() @ B.t())
-    return (((add(X, X, W, A, B, s).float() - base)*exact).sum()/exact.square().sum()).item()
+    return left_of(add(X, X, W, A, B, s).float(), base, exact)
 
 if __name__ == "__main__":
     torch.manual_seed(0)

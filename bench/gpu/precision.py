@@ -111,14 +111,18 @@ def addmm(X, W, W_quant, A, B, s):
     delta = ((rows @ A.to(X.dtype).t()) @ B.to(X.dtype).t())*s
     return delta.addmm_(rows, fast_dequantize(W, W_quant).t()).view(*X.shape[:-1], -1)
 
+def left_of(added, base, exact):
+    "How much of an addition is left: regression of what was added on what should have been"
+    return ((added - base)*exact).sum().item()/exact.square().sum().item()
+
 def come_through(X, W, W_quant, A, B, s):
-    "How much of an adapter's addition is left, in each way: regression of what was added on what should have been"
+    "How much of an adapter's addition is left, in each way"
     import torch
     from unsloth.kernels import utils
     from added_once import added_once
     base = X.double() @ utils.fast_dequantize(W, W_quant).double().t()
     exact = (X.double() @ A.double().t() @ B.double().t())*s
-    def of(f): return ((f(X, W, W_quant, A, B, s).double() - base)*exact).sum().item()/exact.square().sum().item()
+    def of(f): return left_of(f(X, W, W_quant, A, B, s).double(), base, exact)
     with torch.no_grad():
         found = {"stock": of(utils.matmul_lora), "addmm": of(addmm)}
         with added_once(): found["added once"] = of(utils.matmul_lora)

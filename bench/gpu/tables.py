@@ -6,8 +6,7 @@
 import re, statistics, sys
 
 from measure import ROOT, kept
-
-WAYS = ("stock", "added once")
+from precision import WAYS
 
 def table(head, rows): return ["", "| " + " | ".join(head) + " |", "|" + "---|"*len(head), *("| " + " | ".join(map(str, r)) + " |" for r in rows), ""] if rows else []
 
