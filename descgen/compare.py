@@ -16,11 +16,12 @@ from .runs import differences, read_manifest
 from .train import loss_points
 from .verdict import _number, _signed, chosen, gained, outcome, write_page
 
-# %% ../nbs/06a_compare.ipynb #fec59a0e
+# %% ../nbs/06a_compare.ipynb #713e4a28
 def _evaluation(folder):
-    "What a run measured; empty where it did not, or before rows were kept"
-    try: return json.loads((Path(folder)/"evaluation.json").read_text(encoding="utf-8"))
+    "What a run measured; empty where it did not, or where that cannot be read"
+    try: found = json.loads((Path(folder)/"evaluation.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
+    return found if isinstance(found, dict) else {}
 
 def shared_rows(
     one:dict, # a run's evaluation
