@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat
 
-from descgen.runs import list_runs, read_manifest
+from descgen.runs import list_runs
 
 times, seed = int(sys.argv[1]), int(sys.argv[2])
 dice, tmp, secret = random.Random(seed), Path(tempfile.mkdtemp()), "planted-value-that-must-not-stay"
@@ -32,9 +32,7 @@ for i in range(times):
     process.wait()
     for row in list_runs(root):
         if row["state"] not in ("finished", "interrupted"): sys.exit(f"After {i + 1} kills (seed {seed}) {row['id']} is {row['state']}: {row['why']}")
-for f in root.glob("[!.]*"):
-    m = read_manifest(f)
-    states[m["state"]] = states.get(m["state"], 0) + 1
+for row in list_runs(root): states[row["state"]] = states.get(row["state"], 0) + 1 # without `latest`, which is another name of one
 for f in (f for f in root.rglob("*") if f.is_file()):
     if secret.encode() in f.read_bytes(): sys.exit(f"{f.relative_to(root)} holds the secret (seed {seed})")
     if not f.name.startswith("."): json.loads(f.read_text(encoding="utf-8")) # manifests and notebooks; a name with a dot is of a file that was not ready
