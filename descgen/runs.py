@@ -17,9 +17,11 @@ from pathlib import Path
 
 from .files import MANIFEST, read_record, save_record, sha256_file, write_record, write_text
 
-# %% ../nbs/06_runs.ipynb #dd194fa8
-_SECRET_NAME = re.compile(r"(?i)(?:^|_)(?:token|secret|password|passwd|credentials?|api_?key|access_?key|private_?key)(?:$|_)")
-_MORE_FORMS = [r"hf_[A-Za-z0-9]{30,}", r"sk-[A-Za-z0-9_-]{20,}", r"github_pat_\w{30,}", r"AIza[0-9A-Za-z_-]{35}", r"-----BEGIN [A-Z ]*PRIVATE KEY.*?(?:-----END [A-Z ]*PRIVATE KEY[A-Z ]*-----|\Z)"]
+# %% ../nbs/06_runs.ipynb #bb497649
+_NAMES = r"token|secret|password|passwd|credentials?|api_?key|access_?key|private_?key"
+_SECRET_NAME = re.compile(rf"(?i)(?:^|_)(?:{_NAMES})(?:$|_)")
+_IN_ADDRESS = rf"(?i)(?<=[?&;])[\w-]*(?:{_NAMES}|signature|sig)=[^\s&\"'<>\\]+" # such as a tracker's page and a signed download
+_MORE_FORMS = [_IN_ADDRESS, r"hf_[A-Za-z0-9]{30,}", r"sk-[A-Za-z0-9_-]{20,}", r"github_pat_\w{30,}", r"AIza[0-9A-Za-z_-]{35}", r"-----BEGIN [A-Z ]*PRIVATE KEY.*?(?:-----END [A-Z ]*PRIVATE KEY[A-Z ]*-----|\Z)"]
 _LOOSE = ("ArtifactoryDetector", "IPPublicDetector") # they would hide words that begin with AP, and addresses
 HIDDEN = "[hidden]"
 
