@@ -5,23 +5,39 @@
 # %% auto #0
 __all__ = ['shared_rows', 'measured', 'difference_lines', 'plot_curves', 'write_comparison']
 
-# %% ../nbs/06a_compare.ipynb #c5fcea5b
+# %% ../nbs/06a_compare.ipynb #c063c38c
 import json
 from pathlib import Path
 
 import numpy as np
+from pydantic import BaseModel, model_validator
 
 from .evaluation import MEASURES, TUNED, compare, resamples, value
 from .runs import differences, read_manifest
 from .train import loss_points
 from .verdict import _number, _signed, chosen, gained, outcome, write_page
 
-# %% ../nbs/06a_compare.ipynb #713e4a28
+# %% ../nbs/06a_compare.ipynb #b18d3763
+class _Evaluation(BaseModel):
+    "What a run measured in each test row"
+    titles: list[str]
+    catalogue: list[str]
+    said: dict[str, list[tuple[str, bool]]]
+    each: dict[str, dict[str, list[list[float]]]]
+
+    @model_validator(mode="after")
+    def _a_value_a_row(self):
+        "ValueError where something of the fine-tuned model is missing for a row"
+        each = self.each.get(TUNED, {})
+        columns = [self.catalogue, self.said.get(TUNED, []), each.get("chrF", []), *each.values()]
+        if {len(c) for c in columns} != {len(self.titles)}: raise ValueError("not something for every row")
+        if any(len(row) != (10 if m == "BLEU" else 2) for m, rows in each.items() for row in rows): raise ValueError("not the columns of a measure")
+        return self
+
 def _evaluation(folder):
     "What a run measured; empty where it did not, or where that cannot be read"
-    try: found = json.loads((Path(folder)/"evaluation.json").read_text(encoding="utf-8"))
+    try: return _Evaluation.model_validate_json((Path(folder)/"evaluation.json").read_bytes()).model_dump()
     except (OSError, ValueError): return {}
-    return found if isinstance(found, dict) else {}
 
 def shared_rows(
     one:dict, # a run's evaluation
@@ -31,7 +47,7 @@ def shared_rows(
     there = {row: i for i, row in reversed(list(enumerate(zip(other.get("titles", []), other.get("catalogue", [])))))}
     return [(i, there[row]) for i, row in enumerate(zip(one.get("titles", []), one.get("catalogue", []))) if row in there]
 
-# %% ../nbs/06a_compare.ipynb #b372b4d3
+# %% ../nbs/06a_compare.ipynb #3a163b75
 def _columns(found, rows): return {m: np.array(c, float)[rows] for m, c in found["each"][TUNED].items()}
 
 def measured(
@@ -41,7 +57,7 @@ def measured(
 )->dict: # `rows` and, by measure, `one`, `other`, and `difference`, `low`, `high` of the other minus the one; no measures where there is nothing to compare
     "What two fine-tuned models got for the titles that both were tested on"
     a, b = _evaluation(one), _evaluation(other)
-    rows = shared_rows(a, b) if "each" in a and "each" in b else []
+    rows = shared_rows(a, b)
     if not rows: return {"rows": 0, "measures": {}}
     mine, theirs = (_columns(found, list(numbers)) for found, numbers in zip((a, b), zip(*rows)))
     same = len({json.dumps((read_manifest(f).get("model") or {}).get("tokenizer_sha256")) for f in (one, other)}) == 1
@@ -83,11 +99,11 @@ def plot_curves(
     plt.close(fig)
     return fig
 
-# %% ../nbs/06a_compare.ipynb #0c305048
+# %% ../nbs/06a_compare.ipynb #288894ae
 def _side_by_side(one, other, each=4):
     "Why, title, the catalogue's text and both runs' texts, of the titles that both have"
     a, b = _evaluation(one), _evaluation(other)
-    rows = shared_rows(a, b) if "each" in a and "each" in b else []
+    rows = shared_rows(a, b)
     gain = gained({"chrF": [b["each"][TUNED]["chrF"][j] for _, j in rows]}, {"chrF": [a["each"][TUNED]["chrF"][i] for i, _ in rows]})
     return [(why, a["titles"][rows[n][0]], a["catalogue"][rows[n][0]], a["said"][TUNED][rows[n][0]][0], b["said"][TUNED][rows[n][1]][0]) for why, n in chosen(gain, each)]
 

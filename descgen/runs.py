@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HIDDEN', 'SCHEMA', 'ENTRIES', 'RUNS', 'LATEST', 'redact', 'refuse_secrets', 'clear_secrets', 'now', 'circumstances',
-           'tell_failures', 'read_manifest', 'list_runs', 'find_run', 'run_hash', 'claim_run', 'execute', 'differences',
-           'edited', 'obstacles', 'sweep_sets', 'finished_with']
+           'tell_failures', 'read_manifest', 'list_runs', 'find_run', 'run_hash', 'claim_run', 'hashes_left', 'execute',
+           'differences', 'edited', 'obstacles', 'sweep_sets', 'finished_with']
 
 # %% ../nbs/06_runs.ipynb #894e16d1
 import errno, fcntl, hashlib, itertools, json, os, platform, re, subprocess, sys, tempfile, time, uuid
@@ -123,7 +123,7 @@ def circumstances(
         "lock_sha256": sha256_file(lock) if Path(lock).is_file() else None, "machine": _machine(), "process": _process(),
         "versions": dict(sorted((d.metadata["Name"], d.version) for d in distributions() if d.metadata["Name"]))}
 
-# %% ../nbs/06_runs.ipynb #855dd994
+# %% ../nbs/06_runs.ipynb #c115b440
 ENTRIES = { # of a manifest of this schema: its kind in Python, and what it is
     "schema": (int, "of the manifest: this table's version"), "state": (str, "running, finished or failed; one of a process that is gone is read as interrupted"),
     "started": (str, "when, in UTC"), "ended": (str, "when, in UTC"), "given": (dict, "the parameters as given"),
@@ -135,7 +135,7 @@ ENTRIES = { # of a manifest of this schema: its kind in Python, and what it is
     "funnel": (dict, "what became of the rows"), "cleaned": (dict, "how many rows each cleaning step changed"), "plan": (dict, "steps, tokens, memory and time as planned"),
     "leaks": (list, "test rows with a near copy among the training rows"), "history": (list, "losses by step"), "test_loss": (dict, "before and after, nats a completion token"),
     "descriptions": (list, "titles described before and after"), "peak_memory_gb": ((int, float), "while training"), "minutes": ((int, float), "of the notebook up to the report"),
-    "adapter_sha256": (str, "the hash of its weights"), "notebook": (dict, "the executed notebook's file and hash"),
+    "adapter_sha256": (str, "the hash of its weights"), "files": (dict, "what else the run left, by name, and its hash"), "notebook": (dict, "the executed notebook's file and hash"),
     "cleared": (list, "files in which a secret or the home's path was hidden"), "failed": (dict, "the cell and the error")}
 
 # %% ../nbs/06_runs.ipynb #79fd2c8d
@@ -299,6 +299,17 @@ def _make_latest(folder):
         aside.unlink(missing_ok=True); aside.symlink_to(folder.name)
         aside.rename(folder.with_name(LATEST))
 
+# %% ../nbs/06_runs.ipynb #6ed440b0
+_LEFT = ("evaluation.json", "report.html", "set_aside.jsonl", "data_report.json", "adapter/*")
+_WEIGHTS = "adapter/adapter_model.safetensors"
+
+def hashes_left(
+    folder:str|Path, # of a run
+)->dict[str, str]: # SHA-256 by name
+    "Hashes of what a run leaves besides its notebook and its adapter's weights, which have entries of their own"
+    names = [p.relative_to(folder).as_posix() for form in _LEFT for p in sorted(Path(folder).glob(form))]
+    return {name: sha256_file(Path(folder)/name) for name in names if name != _WEIGHTS}
+
 # %% ../nbs/06_runs.ipynb #63f1f4fa
 @contextmanager
 def _answering():
@@ -317,7 +328,7 @@ def _executed(folder, parameters, notebook):
         if not failed and state != "finished": failed = {"cell": None, "error": "the notebook ended without saying that the run is finished"}
         return failed, stopped, executed.read_text(encoding="utf-8") if executed.exists() else "{}"
 
-# %% ../nbs/06_runs.ipynb #fd73b206
+# %% ../nbs/06_runs.ipynb #e71e9c24
 def execute(
     folder:Path, # from `claim_run`, or of a run to go on with
     parameters:dict, # for the notebook; its `output_dir` is the folder
@@ -326,12 +337,12 @@ def execute(
 )->dict: # the run's manifest
     "Execute a notebook as a run; the state says whether it ended whole; ValueError where another process executes there"
     with _alone(folder), _answering() as process:
-        write_record(folder, state="running", process=process, failed=None, notebook=None, ended=None)
+        write_record(folder, state="running", process=process, failed=None, notebook=None, files=None, ended=None)
         failed, stopped, text = _executed(folder, parameters, notebook)
         final = write_text(folder/("failed.ipynb" if failed else "notebook.ipynb"), clear := redact(text, environ))
         how = {"state": "failed", "failed": {**failed, "error": redact(failed["error"], environ)}} if failed else {}
         cleared = sorted({*read_record(folder).get("cleared", []), *clear_secrets(folder, environ), *([final.name] if clear != text else [])})
-        write_record(folder, **how, ended=now(), notebook={"file": final.name, "sha256": sha256_file(final)}, cleared=cleared)
+        write_record(folder, **how, ended=now(), files=hashes_left(folder), notebook={"file": final.name, "sha256": sha256_file(final)}, cleared=cleared)
     if stopped: raise stopped
     if not failed: (folder/"failed.ipynb").unlink(missing_ok=True); _make_latest(folder)
     return read_manifest(folder)
@@ -356,14 +367,15 @@ def differences(
         found[part] = {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k) and not k.endswith("output_dir")}
     return {part: d for part, d in found.items() if d}
 
-# %% ../nbs/06_runs.ipynb #3e6f168d
+# %% ../nbs/06_runs.ipynb #559f62ad
 def edited(
     folder:str|Path, # of a run
 )->list[str]: # what is no longer what the run left
     "Files whose hash is not that of the manifest"
     folder, m = Path(folder), read_manifest(folder)
-    said = {"adapter/adapter_model.safetensors": m.get("adapter_sha256")} | ({m["notebook"]["file"]: m["notebook"]["sha256"]} if "notebook" in m else {})
-    return [f"{name} is not there" if not (folder/name).is_file() else f"{name} was changed" for name, sha in said.items() if sha and not ((folder/name).is_file() and sha256_file(folder/name) == sha)]
+    notebook = m.get("notebook", {})
+    said = {_WEIGHTS: m.get("adapter_sha256"), **m.get("files", {}), str(notebook.get("file")): notebook.get("sha256")}
+    return [f"{name} was changed" if (folder/name).is_file() else f"{name} is not there" for name, sha in said.items() if sha and not ((folder/name).is_file() and sha256_file(folder/name) == sha)]
 
 # %% ../nbs/06_runs.ipynb #a478737e
 def obstacles(
