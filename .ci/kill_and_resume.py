@@ -3,7 +3,8 @@
     python .ci/kill_and_resume.py [kills] [seed]
 
 Each kill is SIGKILL to the notebook's processes, at a moment drawn between its first step and its end, checkpoints being written at every step; half of them strike just when
-a checkpoint appears. One checkpoint is damaged by hand on the way.
+a checkpoint appears. One checkpoint is damaged by hand on the way. Then a run that its user stops, whose base lies under the user's home: hiding that path changes
+checkpoints, which must be gone on from all the same.
 """
 import json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -37,6 +38,24 @@ def strike(folder):
     run.wait()
     print(f"killed at checkpoint {newest(folder)}", flush=True)
 
+def descgen(*words):
+    "A command of a user whose home the folder is, and who can stop it"
+    return subprocess.Popen(["descgen", *words, "--root", str(tmp/"runs")], env={**os.environ, "HOME": str(tmp), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+def stop_and_resume():
+    "The hash of an adapter whose run was stopped once"
+    (tmp/"p.yaml").write_text(json.dumps(settings))
+    run = descgen("run", "-f", str(tmp/"p.yaml"))
+    while run.poll() is None and not list(tmp.glob("runs/*/checkpoint-3/seal.json")): time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    said, (folder,) = run.communicate()[0], tmp.glob("runs/2*")
+    record = read_record(folder)
+    assert record["state"] == "failed" and any(name.startswith("checkpoint-") for name in record["cleared"]) and f"descgen resume {folder.name}" in said, said[-2000:]
+    said = descgen("resume", folder.name).communicate()[0]
+    assert "Going on from checkpoint" in said, said[-2000:]
+    return read_record(folder)["adapter_sha256"]
+
 whole, struck = tmp/"whole", tmp/"struck"
 assert start(whole).wait() == 0, (whole/"log").read_text()[-2000:]
 for n in range(kills):
@@ -49,5 +68,7 @@ first, second = (read_record(f)["adapter_sha256"] for f in (whole, struck))
 log = (struck/"log").read_text()
 assert "was set aside" not in log and "set aside as damaged-checkpoint" in log, "the damaged checkpoint was not noticed"
 assert first == second, f"the interrupted run ended with another adapter: {first} and {second}"
-print(f"{log.count('Going on from checkpoint')} resumed runs after {n + 1} kills ended with the bytes of an uninterrupted one: {first}")
+stopped = stop_and_resume()
+assert first == stopped, f"the stopped run ended with another adapter: {first} and {stopped}"
+print(f"{log.count('Going on from checkpoint')} resumed runs after {n + 1} kills, and one that its user stopped, ended with the bytes of an uninterrupted one: {first}")
 shutil.rmtree(tmp)

@@ -96,7 +96,7 @@ def _parameters(recipes, words):
         values |= given
     return values, said
 
-# %% ../nbs/09_cli.ipynb #f290d4fd
+# %% ../nbs/09_cli.ipynb #9b573fcc
 def _checked(values, notebook):
     "All parameters of a run, and what decides its result: most of them, and the data's hash; ValueError and FileNotFoundError where it cannot run"
     from descgen.data import find_data
@@ -114,6 +114,9 @@ def _execute(folder, given, notebook):
     typer.echo(f"{folder}", err=True)
     try: return execute(folder, {k: v for k, v in given.items() if k not in ("output_dir", "overwrite")}, notebook) # a run has a folder of its own
     except OSError as e: raise OSError(f"{e}. Once that is mended, `descgen resume {folder.name}` goes on from its last checkpoint.") from e
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped. `descgen resume {folder.name}` goes on from its last checkpoint.", err=True)
+        raise
 
 def _start(values, name, root, notebook):
     "Take a folder and execute; the manifest"

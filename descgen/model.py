@@ -99,12 +99,12 @@ def _hub_answers():
     except OSError: return False
     return True
 
-# %% ../nbs/02_model.ipynb #ad245a41
+# %% ../nbs/02_model.ipynb #11852497
 @contextmanager
 def _source(model_id):
     "Where a model is loaded from; OSError says what to do where it cannot be had"
     from huggingface_hub import constants
-    source = str(embedded_model()) if model_id == EMBEDDED else model_id
+    source = str(embedded_model()) if model_id == EMBEDDED else os.path.expanduser(model_id)
     offline = not Path(source).is_dir() and not _hub_answers()
     try:
         with patch.object(constants, "HF_HUB_OFFLINE", offline or constants.HF_HUB_OFFLINE): yield source # then only its cache is asked

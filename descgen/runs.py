@@ -7,7 +7,7 @@ __all__ = ['HIDDEN', 'SCHEMA', 'ENTRIES', 'RUNS', 'LATEST', 'redact', 'refuse_se
            'tell_failures', 'read_manifest', 'list_runs', 'find_run', 'run_hash', 'claim_run', 'hashes_left', 'execute',
            'differences', 'edited', 'obstacles', 'sweep_sets', 'finished_with']
 
-# %% ../nbs/06_runs.ipynb #894e16d1
+# %% ../nbs/06_runs.ipynb #43f5a023
 import errno, fcntl, hashlib, itertools, json, os, platform, re, subprocess, sys, tempfile, time, uuid
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib.metadata import distributions
 from pathlib import Path
 
-from .files import MANIFEST, read_record, save_record, sha256_file, write_record, write_text
+from .files import MANIFEST, is_whole, read_record, save_record, seal, sha256_file, write_record, write_text
 
 # %% ../nbs/06_runs.ipynb #bb497649
 _NAMES = r"token|secret|password|passwd|credentials?|api_?key|access_?key|private_?key"
@@ -59,7 +59,7 @@ def refuse_secrets(
         if _SECRET_NAME.search(name) or redact(text, environ, "") != text:
             raise ValueError(f"The parameter {name!r} looks like a secret. Parameters are stored with the run: give secrets in the environment, such as HF_TOKEN.")
 
-# %% ../nbs/06_runs.ipynb #7522705d
+# %% ../nbs/06_runs.ipynb #b2524911
 _TEXTS = {".json", ".jsonl", ".ipynb", ".html", ".md", ".txt", ".diff", ".log", ".yaml", ".jinja"}
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "merges.txt"}
 
@@ -72,7 +72,11 @@ def clear_secrets(
     for path in sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.is_symlink() and p.suffix in _TEXTS and p.name not in _VOCABULARIES):
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
         clear = redact(text, environ)
-        if clear != text: write_text(path, clear); held.append(str(path.relative_to(folder)))
+        if clear == text: continue
+        sealed = is_whole(path.parent)
+        write_text(path, clear)
+        if sealed: seal(path.parent)
+        held.append(str(path.relative_to(folder)))
     return held
 
 # %% ../nbs/06_runs.ipynb #3387dce6
@@ -377,14 +381,14 @@ def edited(
     said = {_WEIGHTS: m.get("adapter_sha256"), **m.get("files", {}), str(notebook.get("file")): notebook.get("sha256")}
     return [f"{name} was changed" if (folder/name).is_file() else f"{name} is not there" for name, sha in said.items() if sha and not ((folder/name).is_file() and sha256_file(folder/name) == sha)]
 
-# %% ../nbs/06_runs.ipynb #a478737e
+# %% ../nbs/06_runs.ipynb #4b9265cb
 def obstacles(
     manifest:dict, # of the run to repeat
     allow:tuple=(), # of "data", "code", "lock": what may differ
     lock:str|Path="requirements.lock", # as in `circumstances`
 )->list[str]: # why it cannot be the same run
     "What has changed since a run"
-    here, data = circumstances(lock), Path(manifest.get("data_path") or "")
+    here, data = circumstances(lock), Path(os.path.expanduser(manifest.get("data_path") or ""))
     same = {"data": data.is_file() and sha256_file(data) == manifest.get("data_sha256"), "code": here["code"] == manifest.get("code"), "lock": here["lock_sha256"] == manifest.get("lock_sha256")}
     said = {"data": f"{data} is not the file that was trained on", "code": f"the code is at commit {(here['code']['commit'] or 'none')[:8]}{' with changes' if here['code']['changes'] else ''}, not as it was",
         "lock": f"{lock} is another"}
