@@ -7,8 +7,10 @@ a checkpoint appears. One checkpoint is damaged by hand on the way. Then a run t
 checkpoints, which must be gone on from all the same.
 """
 import json, os, random, shutil, signal, subprocess, sys, tempfile, time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from descgen.model import tiny_model
 from descgen.files import read_record
 
@@ -19,13 +21,21 @@ settings = dict(model_id=tiny_model(tmp/"tiny"), data_path="data/sample.jsonl", 
     gradient_accumulation_steps=1, max_length=128, learning_rate=1e-2, eval_steps=10, save_steps=1, n_titles=0, max_new_tokens=4, lora_dropout=0.1, keep_best=True)
 
 def start(folder):
-    "A run through Papermill, in a process group of its own"
+    "A run through Papermill"
     folder.mkdir(exist_ok=True)
     (folder/"p.json").write_text(json.dumps({**settings, "output_dir": str(folder)})) # JSON is YAML
     return subprocess.Popen(["papermill", "fine_tune_llama3.ipynb", str(folder/"out.ipynb"), "-f", str(folder/"p.json"), "--log-output", "--no-progress-bar"],
-        start_new_session=True, stdout=open(folder/"log", "a"), stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+        stdout=open(folder/"log", "a"), stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
 
 def newest(folder): return max((int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*")), default=0)
+
+def kill(run):
+    "SIGKILL to a process and to all that it started, and wait until they are gone: the notebook's kernel would live on for a second, and write"
+    processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+    for process in processes:
+        with suppress(psutil.NoSuchProcess): process.kill()
+    psutil.wait_procs(processes)
+    run.wait()
 
 def strike(folder):
     "Start the run, kill it somewhere after its next steps; True if it ended first"
@@ -34,8 +44,7 @@ def strike(folder):
     while run.poll() is None and newest(folder) < goal: time.sleep(0.002)
     time.sleep(dice.choice([0, dice.random()*0.3]))
     if run.poll() is not None: return True
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+    kill(run)
     print(f"killed at checkpoint {newest(folder)}", flush=True)
 
 def descgen(*words):
