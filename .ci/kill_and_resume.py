@@ -3,8 +3,8 @@
     python .ci/kill_and_resume.py [kills] [seed]
 
 Each kill is SIGKILL to the notebook's processes, at a moment drawn between its first step and its end, checkpoints being written at every step; half of them strike just when
-a checkpoint appears. One checkpoint is damaged by hand on the way. Then a run that its user stops, whose base lies under the user's home: hiding that path changes
-checkpoints, which must be gone on from all the same.
+a checkpoint appears. One checkpoint is damaged by hand on the way. Then a run that its user stops, whose base and data lie under the user's home: hiding that path
+changes checkpoints, which must be gone on from all the same. In the end it is repeated.
 """
 import json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from contextlib import suppress
@@ -53,17 +53,17 @@ def descgen(*words):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 def stop_and_resume():
-    "The hash of an adapter whose run was stopped once"
-    (tmp/"p.yaml").write_text(json.dumps(settings))
+    "The hash of an adapter whose run was stopped once, and what is said of its repetition"
+    (tmp/"p.yaml").write_text(json.dumps({**settings, "data_path": str(shutil.copy(settings["data_path"], tmp/"rows.jsonl"))}))
     run = descgen("run", "-f", str(tmp/"p.yaml"))
-    while run.poll() is None and not list(tmp.glob("runs/*/checkpoint-3/seal.json")): time.sleep(0.01)
+    while run.poll() is None and max(map(newest, tmp.glob("runs/2*")), default=0) < 4: time.sleep(0.01)
     run.send_signal(signal.SIGINT)
     said, (folder,) = run.communicate()[0], tmp.glob("runs/2*")
     record = read_record(folder)
     assert record["state"] == "failed" and any(name.startswith("checkpoint-") for name in record["cleared"]) and f"descgen resume {folder.name}" in said, said[-2000:]
     said = descgen("resume", folder.name).communicate()[0]
     assert "Going on from checkpoint" in said, said[-2000:]
-    return read_record(folder)["adapter_sha256"]
+    return read_record(folder)["adapter_sha256"], descgen("repeat", "latest").communicate()[0]
 
 whole, struck = tmp/"whole", tmp/"struck"
 assert start(whole).wait() == 0, (whole/"log").read_text()[-2000:]
@@ -77,7 +77,8 @@ first, second = (read_record(f)["adapter_sha256"] for f in (whole, struck))
 log = (struck/"log").read_text()
 assert "was set aside" not in log and "set aside as damaged-checkpoint" in log, "the damaged checkpoint was not noticed"
 assert first == second, f"the interrupted run ended with another adapter: {first} and {second}"
-stopped = stop_and_resume()
+stopped, repeated = stop_and_resume()
 assert first == stopped, f"the stopped run ended with another adapter: {first} and {stopped}"
+assert "byte for byte that of" in repeated and first in repeated, repeated[-2000:]
 print(f"{log.count('Going on from checkpoint')} resumed runs after {n + 1} kills, and one that its user stopped, ended with the bytes of an uninterrupted one: {first}")
 shutil.rmtree(tmp)
