@@ -12,7 +12,7 @@ from descgen.runs import list_runs
 times, seed = int(sys.argv[1]), int(sys.argv[2])
 dice, tmp, secret = random.Random(seed), Path(tempfile.mkdtemp()), "planted-value-that-must-not-stay"
 root = tmp/"runs"
-cells = ['output_dir = ""', "import json, os, pathlib, time\nprint(os.environ['PLANTED_TOKEN']); time.sleep(1)",
+cells = ['output_dir = ""', "import os, time\nprint(os.environ['PLANTED_TOKEN']); time.sleep(1)",
          "from descgen.files import write_record\nwrite_record(output_dir, state='finished')"]
 book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c, metadata={"tags": ["parameters"]} if not i else {}) for i, c in enumerate(cells)])
 book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}

@@ -17,7 +17,7 @@ from .runs import differences, read_manifest
 from .train import loss_points
 from .verdict import _number, _signed, chosen, gained, outcome, write_page
 
-# %% ../nbs/06a_compare.ipynb #b18d3763
+# %% ../nbs/06a_compare.ipynb #8a2cab76
 class _Evaluation(BaseModel):
     "What a run measured in each test row"
     titles: list[str]
@@ -31,9 +31,10 @@ class _Evaluation(BaseModel):
         each = self.each.get(TUNED, {})
         columns = [self.catalogue, self.said.get(TUNED, []), each.get("chrF", []), *each.values()]
         if {len(c) for c in columns} != {len(self.titles)}: raise ValueError("not something for every row")
-        if any(len(row) != (10 if m == "BLEU" else 2) for m, rows in each.items() for row in rows): raise ValueError("not the columns of a measure")
+        if any(len(row) != (10 if m == "BLEU" else 2) for m, rows in each.items() for row in rows): raise ValueError("not the columns of a measure") # those that `value` reads
         return self
 
+# %% ../nbs/06a_compare.ipynb #68ac2fda
 def _evaluation(folder):
     "What a run measured; empty where it did not, or where that cannot be read"
     try: return _Evaluation.model_validate_json((Path(folder)/"evaluation.json").read_bytes()).model_dump()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .files import MANIFEST, is_whole, read_record, save_record, seal, sha256_file, write_record, write_text
 
-# %% ../nbs/06_runs.ipynb #bb497649
+# %% ../nbs/06_runs.ipynb #80c9bb2a
 _NAMES = r"token|secret|password|passwd|credentials?|api_?key|access_?key|private_?key"
 _SECRET_NAME = re.compile(rf"(?i)(?:^|_)(?:{_NAMES})(?:$|_)")
 _IN_ADDRESS = rf"(?i)(?<=[?&;])[\w-]*(?:{_NAMES}|signature|sig)=[^\s&\"'<>\\]+" # such as a tracker's page and a signed download
@@ -37,6 +37,7 @@ def _forms():
     rules = [c() for c in get_mapping_from_secret_type_to_class().values() if issubclass(c, RegexBasedDetector) and c.__name__ not in _LOOSE]
     return [re.compile(f, re.DOTALL) for f in _MORE_FORMS] + [p for rule in rules for p in rule.denylist]
 
+# %% ../nbs/06_runs.ipynb #7347d05a
 def redact(
     text:str, # of any file
     environ:dict=os.environ, # whose secrets must not be in it
@@ -185,7 +186,7 @@ def read_manifest(
     state = "running" if waits else found["state"]
     return {**found, "id": folder.name, "state": "interrupted" if state == "running" and not _alive(found.get("process")) else state}
 
-# %% ../nbs/06_runs.ipynb #fc2b8d58
+# %% ../nbs/06_runs.ipynb #c8193086
 RUNS = Path("outputs/runs") # where `descgen run` keeps them
 
 def _folders(root):
@@ -194,7 +195,9 @@ def _folders(root):
 
 def _row(m):
     "What a list says of a run"
-    def of(entry, key, kind=(int, float)): return value if isinstance(value := m.get(entry, {}).get(key), kind) else None
+    def of(entry, key, kind=(int, float)):
+        "A value of an entry; None where it is not there or of another kind"
+        return value if isinstance(value := m.get(entry, {}).get(key), kind) else None
     return {"id": m["id"], "state": m["state"], "model": of("decides", "model_id", str), "rows": of("plan", "rows for training"), "steps": of("plan", "steps"),
         "loss": of("test_loss", "after"), "minutes": m.get("minutes"), "why": m.get("why")}
 
