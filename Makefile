@@ -5,6 +5,13 @@ READY  := $(VENV)/.ready
 ENTER  := . $(VENV)/bin/activate &&
 CUDA   := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 LOCKS  := requirements.lock $(if $(CUDA),requirements-gpu.lock)
+# Another build of the locked version: make run TORCH=torch==2.13.0+cpu
+TORCH  ?= $(shell grep -o '^torch==[^ ;]*' requirements.lock)
+
+# Without a GPU, or with `CUDA=` on the command line, no command sees a CUDA device.
+ifeq ($(strip $(CUDA)),)
+export CUDA_VISIBLE_DEVICES :=
+endif
 
 # Where there is no GPU, the recipe for a CPU. More parameters with ARGS: make run ARGS="-p max_steps 20"
 RECIPE := $(if $(CUDA),,-f recipes/cpu.yaml)
@@ -49,7 +56,7 @@ $(READY): requirements.lock requirements-gpu.lock settings.ini setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"descgen needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 …")'
 	@echo "Setting up $(VENV) (once, a few minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(ENTER) pip install -q --disable-pip-version-check $$(grep '^torch==' requirements.lock)
+	@$(ENTER) pip install -q --disable-pip-version-check '$(TORCH)'
 	@$(ENTER) pip install -q --disable-pip-version-check --no-deps $(addprefix -r ,$(LOCKS))
 	@$(ENTER) pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@$(ENTER) python -c "from descgen.model import embedded_model; embedded_model()"
