@@ -6,13 +6,14 @@
 __all__ = ['app', 'data_app', 'Root', 'Book', 'NOTEBOOK', 'check', 'evaluate', 'run', 'resume', 'runs', 'sweep', 'diff', 'repeat']
 
 # %% ../nbs/09_cli.ipynb #ecbab937
-import json
+import json, sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .files import to_json
 from .runs import RUNS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -20,7 +21,10 @@ data_app = typer.Typer(no_args_is_help=True)
 app.add_typer(data_app, name="data", help="Look at a catalogue before training on it.")
 
 @app.callback()
-def _descgen(): "Fine-tune a small language model to write a product's description from its title."
+def _descgen():
+    "Fine-tune a small language model to write a product's description from its title."
+    for stream in (sys.stdout, sys.stderr): # on Windows a pipe's encoding lacks characters such as "→"
+        if hasattr(stream, "reconfigure"): stream.reconfigure(encoding="utf-8")
 
 # %% ../nbs/09_cli.ipynb #bfcb94ac
 @contextmanager
@@ -47,7 +51,7 @@ def check(
     "Print what is in a catalogue; ends with 1 where it cannot be trained on"
     with _or_end("Cannot be trained on"): found = _report(path, max_length, near_up_to, strict)
     from descgen.report import report_text
-    typer.echo(json.dumps(found, ensure_ascii=False) if as_json else report_text(found))
+    typer.echo(to_json(found) if as_json else report_text(found))
 
 # %% ../nbs/09_cli.ipynb #c005
 def _report(path, max_length, near_up_to, strict):
@@ -80,7 +84,7 @@ def evaluate(
             from descgen.verdict import evaluate_adapter, verdict, write_report
             found = evaluate_adapter(adapter, data, rows)
             written = write_report(found, page or adapter.parent/"report.html", f"Before and after: {adapter.parent.name}")
-    typer.echo(json.dumps(found, ensure_ascii=False) if as_json else f"{verdict(found)}\n{written}")
+    typer.echo(to_json(found) if as_json else f"{verdict(found)}\n{written}")
 
 # %% ../nbs/09_cli.ipynb #245b2304
 def _parameters(recipes, words):
@@ -181,7 +185,7 @@ def runs(
     "List runs"
     from descgen.runs import list_runs
     with _or_end("No list"): rows = list_runs(root, state, sort)
-    typer.echo(json.dumps(rows, ensure_ascii=False) if as_json else _table(["id", "state", "model", "rows", "steps", "loss", "minutes", ""], [r.values() for r in rows]))
+    typer.echo(to_json(rows) if as_json else _table(["id", "state", "model", "rows", "steps", "loss", "minutes", ""], [r.values() for r in rows]))
 
 # %% ../nbs/09_cli.ipynb #2b952aa4
 @app.command("sweep")
@@ -220,7 +224,7 @@ def diff(
             for line in edited(f): typer.echo(f"{f.name}: {line} since the run", err=True)
         parts, found = differences(*map(read_manifest, folders)), measured(*folders)
         if page: write_comparison(*folders, page)
-    typer.echo(json.dumps(parts | {"measures": found}, ensure_ascii=False) if as_json else "\n".join(difference_lines(parts, found) + ([str(page)] if page else [])))
+    typer.echo(to_json(parts | {"measures": found}) if as_json else "\n".join(difference_lines(parts, found) + ([str(page)] if page else [])))
 
 # %% ../nbs/09_cli.ipynb #7be672be
 @app.command("repeat")

@@ -6,13 +6,14 @@
 __all__ = ['shared_rows', 'measured', 'difference_lines', 'plot_curves', 'write_comparison']
 
 # %% ../nbs/06a_compare.ipynb #c063c38c
-import json
+import json, math
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, model_validator
 
 from .evaluation import MEASURES, TUNED, compare, resamples, value
+from .files import to_json
 from .runs import differences, read_manifest
 from .train import loss_points
 from .verdict import _number, _signed, chosen, gained, outcome, write_page
@@ -23,7 +24,7 @@ class _Evaluation(BaseModel):
     titles: list[str]
     catalogue: list[str]
     said: dict[str, list[tuple[str, bool]]]
-    each: dict[str, dict[str, list[list[float]]]]
+    each: dict[str, dict[str, list[list[float|None]]]] # None: a loss that was no number
 
     @model_validator(mode="after")
     def _a_value_a_row(self):
@@ -32,6 +33,7 @@ class _Evaluation(BaseModel):
         columns = [self.catalogue, self.said.get(TUNED, []), each.get("chrF", []), *each.values()]
         if {len(c) for c in columns} != {len(self.titles)}: raise ValueError("not something for every row")
         if any(len(row) != (10 if m == "BLEU" else 2) for m, rows in each.items() for row in rows): raise ValueError("not the columns of a measure") # those that `value` reads
+        if any(None in row for row in each.get("chrF", [])): raise ValueError("chrF that is no number") # titles are ordered by it
         return self
 
 # %% ../nbs/06a_compare.ipynb #68ac2fda
@@ -49,6 +51,8 @@ def shared_rows(
     return [(i, there[row]) for i, row in enumerate(zip(one.get("titles", []), one.get("catalogue", []))) if row in there]
 
 # %% ../nbs/06a_compare.ipynb #3a163b75
+def _figure(x): return float(x) if math.isfinite(x) else None
+
 def _columns(found, rows): return {m: np.array(c, float)[rows] for m, c in found["each"][TUNED].items()}
 
 def measured(
@@ -63,7 +67,7 @@ def measured(
     mine, theirs = (_columns(found, list(numbers)) for found, numbers in zip((a, b), zip(*rows)))
     same = len({json.dumps((read_manifest(f).get("model") or {}).get("tokenizer_sha256")) for f in (one, other)}) == 1
     draws = resamples(len(rows), seed=seed)
-    total = {m: [float(value(c[m].sum(0))) for c in (mine, theirs)] for m in MEASURES if m in mine and m in theirs and (same or m != "loss")}
+    total = {m: [_figure(value(c[m].sum(0))) for c in (mine, theirs)] for m in MEASURES if m in mine and m in theirs and (same or m != "loss")}
     return {"rows": len(rows), "measures": {m: dict(zip(("one", "other"), pair)) | compare(theirs[m], mine[m], draws) for m, pair in total.items()}}
 
 # %% ../nbs/06a_compare.ipynb #286f3e12
@@ -72,7 +76,7 @@ def _said(measure, found, rows):
     said = {"better": "the second is better", "worse": "the first is better", "other": "they differ", "not to be told apart": "not to be told apart"}[outcome(measure, found, rows)]
     return [measure, _number(found["one"]), _number(found["other"]), f"{_signed(found['difference'])} ({_signed(found['low'])} to {_signed(found['high'])})", said]
 
-def _short(value, most=80): return text if len(text := json.dumps(value, ensure_ascii=False)) <= most else text[:most - 1] + "…"
+def _short(value, most=80): return text if len(text := to_json(value)) <= most else text[:most - 1] + "…"
 
 def difference_lines(
     parts:dict, # from `differences`
@@ -85,6 +89,11 @@ def difference_lines(
     return lines or ["Nothing."]
 
 # %% ../nbs/06a_compare.ipynb #741170b3
+def _curves(manifest):
+    "Training and test losses by step, without those that are no number"
+    known = [{k: v for k, v in step.items() if v is not None} for step in manifest.get("history") or []]
+    return loss_points(known, (manifest.get("test_loss") or {}).get("before"))
+
 def plot_curves(
     manifests:dict, # by name
 ): # a matplotlib figure
@@ -92,7 +101,7 @@ def plot_curves(
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
     for color, (name, m) in zip(("tab:blue", "tab:orange", "tab:green", "tab:red"), manifests.items()):
-        trained, tested = loss_points(m.get("history", []), (m.get("test_loss") or {}).get("before"))
+        trained, tested = _curves(m)
         if trained: ax.plot(*zip(*trained), lw=1, color=color, alpha=.5, label=f"{name}, training")
         if tested: ax.plot(*zip(*tested), "o-", color=color, label=f"{name}, test")
     ax.set(xlabel="step", ylabel="loss (nats a token)"); ax.grid(alpha=.3); ax.spines[["top", "right"]].set_visible(False)

@@ -8,14 +8,16 @@ __all__ = ['HIDDEN', 'SCHEMA', 'ENTRIES', 'RUNS', 'LATEST', 'redact', 'refuse_se
            'differences', 'edited', 'obstacles', 'sweep_sets', 'finished_with']
 
 # %% ../nbs/06_runs.ipynb #43f5a023
-import errno, fcntl, hashlib, itertools, json, os, platform, re, subprocess, sys, tempfile, time, uuid
+import errno, hashlib, itertools, json, os, platform, re, subprocess, sys, tempfile, time, uuid
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import distributions
 from pathlib import Path
 
-from .files import MANIFEST, is_whole, read_record, save_record, seal, sha256_file, write_record, write_text
+import psutil
+
+from .files import MANIFEST, from_json, is_whole, read_record, save_record, seal, sha256_file, write_record, write_text
 
 # %% ../nbs/06_runs.ipynb #80c9bb2a
 _NAMES = r"token|secret|password|passwd|credentials?|api_?key|access_?key|private_?key"
@@ -38,6 +40,12 @@ def _forms():
     return [re.compile(f, re.DOTALL) for f in _MORE_FORMS] + [p for rule in rules for p in rule.denylist]
 
 # %% ../nbs/06_runs.ipynb #7347d05a
+def _path_pattern(path):
+    "A pattern of a path as texts hold it: JSON may escape its letters and doubles the backslashes of a Windows path"
+    pattern = "|".join(re.escape(p) for p in sorted({path, json.dumps(path)[1:-1]}))
+    if "\\" in path: pattern = "(?i:" + re.sub(r"(?:\\\\)+", lambda _: r"(?:\\+|/)", pattern) + ")"
+    return f"(?:{pattern})"
+
 def redact(
     text:str, # of any file
     environ:dict=os.environ, # whose secrets must not be in it
@@ -47,7 +55,7 @@ def redact(
     for value in _known_secrets(environ):
         for form in (value, json.dumps(value)[1:-1]): text = text.replace(form, HIDDEN)
     for form in _forms(): text = form.sub(HIDDEN, text)
-    return re.sub(re.escape(home) + r"(?=[/\"'\s\\:,)]|$)", "~", text) if len(home) > 1 else text
+    return re.sub(_path_pattern(home) + r"(?=[/\"'\s\\:,)]|$)", "~", text) if len(home) > 1 else text
 
 # %% ../nbs/06_runs.ipynb #265c2646
 def refuse_secrets(
@@ -77,7 +85,7 @@ def clear_secrets(
         sealed = is_whole(path.parent)
         write_text(path, clear)
         if sealed: seal(path.parent)
-        held.append(str(path.relative_to(folder)))
+        held.append(path.relative_to(folder).as_posix())
     return held
 
 # %% ../nbs/06_runs.ipynb #3387dce6
@@ -85,26 +93,30 @@ SCHEMA = 1 # of the manifest; a reader refuses what is newer
 
 def _git(*words):
     "What git says of this folder; None without git"
-    try: said = subprocess.run(["git", *words], capture_output=True, text=True, errors="replace", timeout=30)
+    try: said = subprocess.run(["git", *words], capture_output=True, encoding="utf-8", errors="replace", timeout=30)
     except (OSError, subprocess.TimeoutExpired): return None
     return said.stdout if said.returncode == 0 else None
 
 def _began(pid):
-    "When a process began, in ticks of the kernel's clock, so that a number used again is not taken for it; None where it is not there or cannot be told"
-    try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError): return None
+    "When a process started, in seconds since 1970; None if it has ended or the system does not say"
+    if not isinstance(pid, int): return None # psutil takes None for this process
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except (psutil.Error, ValueError, OverflowError): return None
 
 # %% ../nbs/06_runs.ipynb #387c8e30
 def _processor():
     "The processor's name"
-    try: return next(line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    found = None
+    with suppress(OSError): found = re.search(r"(?m)^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text()) # Linux
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 def _machine():
     "Processor, memory, and the GPU if PyTorch is loaded"
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
-    memory = os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")/1e9
+    memory = psutil.virtual_memory().total/1e9
     return {"processor": _processor(), "cores": os.cpu_count(), "memory_gb": round(memory, 1), "gpu": gpu, "system": platform.platform(), "python": platform.python_version()}
 
 def now()->str: # such as 2026-11-25T02:30:00Z
@@ -138,8 +150,10 @@ ENTRIES = { # of a manifest of this schema: its kind in Python, and what it is
     "machine": (dict, "processor, cores, memory, GPU, system, Python"), "process": (dict, "who answers for the run"),
     "model": (dict, "what was loaded, the hash of each of its files, of the tokenizer and of the template"), "resumed_from": (str, "the checkpoint that it went on from"),
     "funnel": (dict, "what became of the rows"), "cleaned": (dict, "how many rows each cleaning step changed"), "plan": (dict, "steps, tokens, memory and time as planned"),
-    "leaks": (list, "test rows with a near copy among the training rows"), "history": (list, "losses by step"), "test_loss": (dict, "before and after, nats a completion token"),
+    "leaks": (list, "test rows with a near copy among the training rows"), "history": (list, "losses by step"),
+    "skipped_steps": (int, "optimizer steps that fp16's loss scaling skipped"), "test_loss": (dict, "before and after, nats a completion token"),
     "descriptions": (list, "titles described before and after"), "peak_memory_gb": ((int, float), "while training"), "minutes": ((int, float), "of the notebook up to the report"),
+    "adapter_sha256_start": (str, "the hash of the adapter that training started from (`adapter_path`)"),
     "adapter_sha256": (str, "the hash of its weights"), "files": (dict, "what else the run left, by name, and its hash"), "notebook": (dict, "the executed notebook's file and hash"),
     "cleared": (list, "files in which a secret or the home's path was hidden"), "failed": (dict, "the cell and the error")}
 
@@ -159,14 +173,19 @@ def tell_failures(
     shell.events.register("post_run_cell", after)
 
 # %% ../nbs/06_runs.ipynb #8e3f09f5
+_TOLERANCE = 2 # seconds: adjusting the system's clock moves the start times that it reports
+
 def _alive(process):
-    "Whether the process that wrote a manifest still runs; True where it ran on another machine, for nobody here can know"
+    "Whether the process that wrote a manifest still runs; True if it runs on another machine, where this one cannot look"
     if not process: return False
-    return process.get("host") != platform.node() or _began(process.get("id")) is not None and _began(process.get("id")) == process.get("began")
+    if process.get("host") != platform.node(): return True
+    began, noted = _began(process.get("id")), process.get("began")
+    if began is None or not isinstance(noted, (int, float)): return False # older versions noted a string of Linux's ticks
+    return abs(began - noted) <= _TOLERANCE # else the number belongs to another process now
 
 def _read(path):
     "A manifest's entries; ValueError where it is none, or of a newer schema"
-    try: found = json.loads(path.read_text(encoding="utf-8"))
+    try: found = from_json(path.read_text(encoding="utf-8"))
     except OSError: raise ValueError("damaged", "it has no manifest")
     except (ValueError, RecursionError): raise ValueError("damaged", "its manifest is no JSON")
     if not isinstance(found, dict) or not isinstance(found.get("state"), str): raise ValueError("damaged", "its manifest is not one")
@@ -214,13 +233,19 @@ def list_runs(
 # %% ../nbs/06_runs.ipynb #3834c31c
 LATEST = "latest"
 
+def _last_finished(root):
+    "The id of the run that finished last; None without one"
+    ended = [(m.get("ended", ""), m["id"]) for m in map(read_manifest, _folders(root)) if m["state"] == "finished"]
+    return max(ended)[1] if ended else None
+
 def find_run(
     name:str, # an id, the beginning of one, or "latest"
     root:str|Path=RUNS, # the folder of runs
 )->Path: # its folder
     "The run of that name; ValueError where there is none or more than one"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name): raise ValueError(f"{name!r} is no run's id: ids hold letters, digits, dots and dashes.")
-    if name == LATEST and (Path(root)/LATEST).is_symlink(): name = os.readlink(Path(root)/LATEST)
+    link = Path(root)/LATEST
+    if name == LATEST: name = os.readlink(link) if link.is_symlink() else _last_finished(root) or name # Windows allows links to few users
     fits = [f for f in _folders(root) if f.name.startswith(name)]
     fits = [f for f in fits if f.name == name] or fits
     if len(fits) == 1: return fits[0]
@@ -254,13 +279,14 @@ def claim_run(
 # %% ../nbs/06_runs.ipynb #45e05c71
 @contextmanager
 def _alone(folder):
-    "Nobody else executes into this folder meanwhile; ValueError where somebody does"
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        try: fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise ValueError(f"Another process executes into {folder}.") from None
-        yield
-    finally: os.close(held)
+    "Hold the lock on a run's folder; ValueError if another process holds it. The system frees the lock when its process ends"
+    from filelock import FileLock, Timeout # takes as long to import as all other imports of this module
+    place = Path(folder).resolve()
+    lock = FileLock(place.with_name(f".{place.name}.lock")) # beside the folder: the lock file stays, and is no part of the run
+    try: lock.acquire(timeout=0)
+    except Timeout: raise ValueError(f"Another process executes into {folder}.") from None
+    try: yield
+    finally: lock.release()
 
 # %% ../nbs/06_runs.ipynb #8388cc73
 def _headings(cells):
@@ -300,11 +326,13 @@ def _papermill(notebook, executed, parameters):
     return None, None
 
 def _make_latest(folder):
-    "Let the name `latest` stand for a run, at once; not where the disk has no such names"
-    aside = folder.with_name(f".{folder.name}.{LATEST}")
+    "Let the name `latest` stand for a run, at once; nothing happens if the system allows no symbolic links"
+    latest, aside = folder.with_name(LATEST), folder.with_name(f".{folder.name}.{LATEST}")
     with suppress(OSError):
-        aside.unlink(missing_ok=True); aside.symlink_to(folder.name)
-        aside.rename(folder.with_name(LATEST))
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(folder.name, target_is_directory=True)
+        if os.name == "nt": latest.unlink(missing_ok=True) # Windows replaces no link to a folder
+        aside.replace(latest)
 
 # %% ../nbs/06_runs.ipynb #6ed440b0
 _LEFT = ("evaluation.json", "report.html", "set_aside.jsonl", "data_report.json", "adapter/*")
