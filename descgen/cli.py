@@ -24,7 +24,8 @@ app.add_typer(data_app, name="data", help="Look at a catalogue before training o
 def _descgen():
     "Fine-tune a small language model to write a product's description from its title."
     for stream in (sys.stdout, sys.stderr): # on Windows a pipe's encoding lacks characters such as "→"
-        if hasattr(stream, "reconfigure"): stream.reconfigure(encoding="utf-8")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8")
 
 # %% ../nbs/09_cli.ipynb #bfcb94ac
 @contextmanager
@@ -185,7 +186,8 @@ def runs(
     "List runs"
     from descgen.runs import list_runs
     with _or_end("No list"): rows = list_runs(root, state, sort)
-    typer.echo(to_json(rows) if as_json else _table(["id", "state", "model", "rows", "steps", "loss", "minutes", ""], [r.values() for r in rows]))
+    head = ["id", "state", "model", "rows", "steps", "loss", "minutes", ""]
+    typer.echo(to_json(rows) if as_json else _table(head, [r.values() for r in rows]))
 
 # %% ../nbs/09_cli.ipynb #2b952aa4
 @app.command("sweep")
@@ -224,7 +226,8 @@ def diff(
             for line in edited(f): typer.echo(f"{f.name}: {line} since the run", err=True)
         parts, found = differences(*map(read_manifest, folders)), measured(*folders)
         if page: write_comparison(*folders, page)
-    typer.echo(to_json(parts | {"measures": found}) if as_json else "\n".join(difference_lines(parts, found) + ([str(page)] if page else [])))
+    lines = difference_lines(parts, found) + ([str(page)] if page else [])
+    typer.echo(to_json(parts | {"measures": found}) if as_json else "\n".join(lines))
 
 # %% ../nbs/09_cli.ipynb #7be672be
 @app.command("repeat")

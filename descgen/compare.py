@@ -33,7 +33,7 @@ class _Evaluation(BaseModel):
         columns = [self.catalogue, self.said.get(TUNED, []), each.get("chrF", []), *each.values()]
         if {len(c) for c in columns} != {len(self.titles)}: raise ValueError("not something for every row")
         if any(len(row) != (10 if m == "BLEU" else 2) for m, rows in each.items() for row in rows): raise ValueError("not the columns of a measure") # those that `value` reads
-        if any(None in row for row in each.get("chrF", [])): raise ValueError("chrF that is no number") # titles are ordered by it
+        if any(None in row for row in each.get("chrF", [])): raise ValueError("no chrF") # it orders the titles
         return self
 
 # %% ../nbs/06a_compare.ipynb #68ac2fda
@@ -51,7 +51,10 @@ def shared_rows(
     return [(i, there[row]) for i, row in enumerate(zip(one.get("titles", []), one.get("catalogue", []))) if row in there]
 
 # %% ../nbs/06a_compare.ipynb #3a163b75
-def _figure(x): return float(x) if math.isfinite(x) else None
+def _figure(columns):
+    "A measure over all rows; None if it is no number"
+    found = float(value(columns.sum(0)))
+    return found if math.isfinite(found) else None
 
 def _columns(found, rows): return {m: np.array(c, float)[rows] for m, c in found["each"][TUNED].items()}
 
@@ -67,8 +70,9 @@ def measured(
     mine, theirs = (_columns(found, list(numbers)) for found, numbers in zip((a, b), zip(*rows)))
     same = len({json.dumps((read_manifest(f).get("model") or {}).get("tokenizer_sha256")) for f in (one, other)}) == 1
     draws = resamples(len(rows), seed=seed)
-    total = {m: [_figure(value(c[m].sum(0))) for c in (mine, theirs)] for m in MEASURES if m in mine and m in theirs and (same or m != "loss")}
-    return {"rows": len(rows), "measures": {m: dict(zip(("one", "other"), pair)) | compare(theirs[m], mine[m], draws) for m, pair in total.items()}}
+    both = [m for m in MEASURES if m in mine and m in theirs and (same or m != "loss")]
+    total = {m: {"one": _figure(mine[m]), "other": _figure(theirs[m])} for m in both}
+    return {"rows": len(rows), "measures": {m: total[m] | compare(theirs[m], mine[m], draws) for m in both}}
 
 # %% ../nbs/06a_compare.ipynb #286f3e12
 def _said(measure, found, rows):

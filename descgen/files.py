@@ -46,7 +46,8 @@ def flush_to_disk(
     path:str|Path, # a file that was written and closed
 ):
     "Return once a file's bytes are on the disk"
-    with open(path, "rb+") as f: os.fsync(f.fileno()) # Windows refuses fsync on a file that is open for reading only
+    with open(path, "rb+") as f: # Windows refuses fsync on a file that is open for reading only
+        os.fsync(f.fileno())
 
 def write_text(
     path:str|Path, # where the text shall stand; its folder is made
@@ -95,7 +96,8 @@ def seal(
     folder:Path, # of files
 ):
     "Bring a folder to the disk and write down what it holds"
-    for path in folder.iterdir(): flush_to_disk(path)
+    for path in folder.iterdir():
+        flush_to_disk(path)
     write_text(folder/_SEAL, to_json(_sums(folder)))
 
 def is_whole(

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from .files import MANIFEST, from_json, is_whole, read_record, save_record, seal, sha256_file, write_record, write_text
+from .files import MANIFEST, from_json, is_whole, seal, sha256_file, write_text
+from .files import read_record, save_record, write_record
 
 # %% ../nbs/06_runs.ipynb #80c9bb2a
 _NAMES = r"token|secret|password|passwd|credentials?|api_?key|access_?key|private_?key"
@@ -43,7 +44,8 @@ def _forms():
 def _path_pattern(path):
     "A pattern of a path as texts hold it: JSON may escape its letters and doubles the backslashes of a Windows path"
     pattern = "|".join(re.escape(p) for p in sorted({path, json.dumps(path)[1:-1]}))
-    if "\\" in path: pattern = "(?i:" + re.sub(r"(?:\\\\)+", lambda _: r"(?:\\+|/)", pattern) + ")"
+    if "\\" in path:
+        pattern = "(?i:" + re.sub(r"(?:\\\\)+", lambda _: r"(?:\\+|/)", pattern) + ")"
     return f"(?:{pattern})"
 
 def redact(
@@ -109,7 +111,8 @@ def _began(pid):
 def _processor():
     "The processor's name"
     found = None
-    with suppress(OSError): found = re.search(r"(?m)^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text()) # Linux
+    with suppress(OSError): # only Linux has this file
+        found = re.search(r"(?m)^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text())
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 def _machine():
@@ -151,7 +154,8 @@ ENTRIES = { # of a manifest of this schema: its kind in Python, and what it is
     "model": (dict, "what was loaded, the hash of each of its files, of the tokenizer and of the template"), "resumed_from": (str, "the checkpoint that it went on from"),
     "funnel": (dict, "what became of the rows"), "cleaned": (dict, "how many rows each cleaning step changed"), "plan": (dict, "steps, tokens, memory and time as planned"),
     "leaks": (list, "test rows with a near copy among the training rows"), "history": (list, "losses by step"),
-    "skipped_steps": (int, "optimizer steps that fp16's loss scaling skipped"), "test_loss": (dict, "before and after, nats a completion token"),
+    "skipped_steps": (int, "optimizer steps that fp16's loss scaling skipped"),
+    "test_loss": (dict, "before and after, nats a completion token"),
     "descriptions": (list, "titles described before and after"), "peak_memory_gb": ((int, float), "while training"), "minutes": ((int, float), "of the notebook up to the report"),
     "adapter_sha256_start": (str, "the hash of the adapter that training started from (`adapter_path`)"),
     "adapter_sha256": (str, "the hash of its weights"), "files": (dict, "what else the run left, by name, and its hash"), "notebook": (dict, "the executed notebook's file and hash"),
@@ -176,11 +180,11 @@ def tell_failures(
 _TOLERANCE = 2 # seconds: adjusting the system's clock moves the start times that it reports
 
 def _alive(process):
-    "Whether the process that wrote a manifest still runs; True if it runs on another machine, where this one cannot look"
+    "Whether the process that wrote a manifest still runs; True if it runs on another machine"
     if not process: return False
     if process.get("host") != platform.node(): return True
     began, noted = _began(process.get("id")), process.get("began")
-    if began is None or not isinstance(noted, (int, float)): return False # older versions noted a string of Linux's ticks
+    if began is None or not isinstance(noted, (int, float)): return False # older versions noted ticks, a string
     return abs(began - noted) <= _TOLERANCE # else the number belongs to another process now
 
 def _read(path):
@@ -245,7 +249,10 @@ def find_run(
     "The run of that name; ValueError where there is none or more than one"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name): raise ValueError(f"{name!r} is no run's id: ids hold letters, digits, dots and dashes.")
     link = Path(root)/LATEST
-    if name == LATEST: name = os.readlink(link) if link.is_symlink() else _last_finished(root) or name # Windows allows links to few users
+    if name == LATEST and link.is_symlink():
+        name = os.readlink(link)
+    elif name == LATEST:
+        name = _last_finished(root) or name # Windows lets only some users make links
     fits = [f for f in _folders(root) if f.name.startswith(name)]
     fits = [f for f in fits if f.name == name] or fits
     if len(fits) == 1: return fits[0]
@@ -279,14 +286,18 @@ def claim_run(
 # %% ../nbs/06_runs.ipynb #45e05c71
 @contextmanager
 def _alone(folder):
-    "Hold the lock on a run's folder; ValueError if another process holds it. The system frees the lock when its process ends"
+    "Hold the lock on a run's folder, at most until the process ends; ValueError if another process holds it"
     from filelock import FileLock, Timeout # takes as long to import as all other imports of this module
     place = Path(folder).resolve()
-    lock = FileLock(place.with_name(f".{place.name}.lock")) # beside the folder: the lock file stays, and is no part of the run
-    try: lock.acquire(timeout=0)
-    except Timeout: raise ValueError(f"Another process executes into {folder}.") from None
-    try: yield
-    finally: lock.release()
+    lock = FileLock(place.with_name(f".{place.name}.lock")) # it stays, and is no part of the run
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"Another process executes into {folder}.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 # %% ../nbs/06_runs.ipynb #8388cc73
 def _headings(cells):
@@ -331,7 +342,8 @@ def _make_latest(folder):
     with suppress(OSError):
         aside.unlink(missing_ok=True)
         aside.symlink_to(folder.name, target_is_directory=True)
-        if os.name == "nt": latest.unlink(missing_ok=True) # Windows replaces no link to a folder
+        if os.name == "nt": # Windows replaces no link to a folder
+            latest.unlink(missing_ok=True)
         aside.replace(latest)
 
 # %% ../nbs/06_runs.ipynb #6ed440b0
