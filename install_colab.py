@@ -43,7 +43,7 @@ def install(
     added = after.keys() - before.keys()
     replaced = sorted(n for n in before if after.get(n) != before[n])
     assert "torch" not in replaced, f"torch {before['torch']} became {after['torch']}"
-    print(f"{len(added)} packages added, {len(replaced)} replaced ({', '.join(replaced)}); torch {after['torch']} stayed")
+    print(f"Packages added: {len(added)}; replaced: {', '.join(replaced)}; torch stays at {after['torch']}")
     if stale := imported(replaced): print(f"Restart the session, then run all cells: {', '.join(stale)} was imported before")
 
 
