@@ -88,9 +88,8 @@ def loss_columns(
 )->dict: # names of measures and their columns, a row an example
     "Loss by token in nats, and by byte in bits"
     from tqdm import tqdm
-    from descgen.model import has_cuda
     from descgen.train import row_losses
-    each = row_losses(model, examples, recipe, 1 if has_cuda() else 1024)
+    each = row_losses(model, examples, recipe, 1024)
     found = list(tqdm(each, desc="test loss", total=len(examples), unit="row", mininterval=2, file=sys.stdout))
     return {"loss": found, "bits a byte": [(x/math.log(2), len(c.encode())) for (x, _), c in zip(found, contents)]}
 

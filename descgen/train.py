@@ -6,7 +6,7 @@
 __all__ = ['Number', 'Count', 'Text', 'Place', 'Recipe', 'read_defaults', 'check_recipe', 'read_recipe', 'resolve',
            'compute_dtype', 'collate', 'row_losses', 'completion_loss', 'effective_batch', 'count_packs',
            'estimate_memory', 'free_memory', 'peak_memory', 'probe_speed', 'plan', 'repeats', 'claim_output',
-           'save_adapter', 'training_arguments', 'train', 'loss_points', 'plot_losses']
+           'claim_base', 'save_adapter', 'skipped_steps', 'training_arguments', 'train', 'loss_points', 'plot_losses']
 
 # %% ../nbs/03_train.ipynb #33286510
 import ast, difflib, json, math, os, re, shutil, sys, time
@@ -20,10 +20,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from .clean import STEPS
 from .data import find_data
-from .files import is_whole, read_record, save_record, seal, sha256_file, short_path, write_text
+from .files import flush_to_disk, is_whole, read_record, save_record, seal, sha256_file, short_path, write_record, write_text
 from . import __version__
 from .formatting import IGNORE, INSTRUCTION, Packs
-from .model import EMBEDDED, LLAMA, TARGETS, choose_model, choose_4bit, has_cuda, model_config
+from .model import (EMBEDDED, LLAMA, TARGETS, check_gpu, choose_4bit, choose_model, has_cuda, load_weights, model_config, native_bf16,
+                           read_adapter_config, take_adapter)
 
 # %% ../nbs/03_train.ipynb #64813693
 def _number(value):
@@ -60,6 +61,7 @@ class Recipe(BaseModel):
     model_id: Place
     max_seq_length: Annotated[int, Field(ge=32)]
     load_in_4bit: Literal[True, False, "auto"]
+    adapter_path: Place | None
     r: Count
     lora_alpha: Count
     use_rslora: bool
@@ -160,13 +162,8 @@ def read_recipe(
 def _choose_precision(bf16, fp16):
     "16-bit compute that this machine has: (bf16, fp16)"
     if fp16 and not has_cuda(): raise ValueError("fp16=True needs a CUDA device: processors train in bf16 or in 32 bits. Use fp16=False.")
-    if has_cuda():
-        import torch
-        native = torch.cuda.get_device_capability()[0] >= 8 # Ampere and later; a T4 only emulates it
-    else:
-        import unsloth
-        from unsloth_zoo.cpu import cpu_bf16_supported
-        native = cpu_bf16_supported()
+    if has_cuda() and bf16 is False and not fp16: raise ValueError("bf16=False, fp16=False: Unsloth trains in 16 bits on a GPU. Use bf16='auto', or fp16=True.")
+    native = native_bf16() # a T4 and older processors only emulate it
     if bf16 is True and not native: raise ValueError("bf16=True: this machine does not compute in bf16. Use bf16='auto'.")
     if bf16 != "auto": return bf16, fp16
     return native and not fp16, fp16 or (has_cuda() and not native)
@@ -184,6 +181,7 @@ def _choose_optim(optim):
 # %% ../nbs/03_train.ipynb #03d28267
 def _check_trackers(report_to):
     "ValueError where the trainer knows no such tracker, or it is not installed; the names"
+    import unsloth # before transformers
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
     names = [n for n in ([report_to] if isinstance(report_to, str) else report_to) if n != "none"]
     for name in names:
@@ -195,10 +193,12 @@ def _check_trackers(report_to):
 def resolve(
     recipe:Recipe, # as given, with its "auto"s
 )->Recipe: # the same with every "auto" settled for this machine
-    "Settle what the machine decides; ValueError where it cannot do what was asked, FileNotFoundError where there is no data"
+    "Settle what the machine decides; ValueError where it cannot do what was asked, FileNotFoundError where there is no data or no adapter to begin with"
+    check_gpu()
     found, optim = str(find_data(recipe.data_path)), _choose_optim(recipe.optim)
     bf16, fp16 = _choose_precision(recipe.bf16, recipe.fp16)
     _check_trackers(recipe.report_to)
+    if recipe.adapter_path: read_adapter_config(recipe.adapter_path)
     return recipe.model_copy(update={"data_path": found, "model_id": choose_model(recipe.model_id),
         "load_in_4bit": choose_4bit(recipe.load_in_4bit), "optim": optim, "bf16": bf16, "fp16": fp16})
 
@@ -256,23 +256,28 @@ def _token_losses(model, batch):
     return torch.nn.functional.cross_entropy(logits.float(), labels[asked + 1], reduction="none")
 
 # %% ../nbs/03_train.ipynb #ad460ddb
-def row_losses(
-    model, # with or without an adapter, from `add_lora`
-    examples:list[dict], # from `encode_rows` with `loss_on="completion"`
-    recipe:Recipe, # its precision
-    tokens:int=512, # tokens at once; changes time and memory, and on a GPU whose mean a row gets: 1 for its own
-): # yields for each example its nats and over how many tokens
-    "The summed loss of each example's completion"
+def _losses_in_batches(model, examples, recipe, tokens):
+    "For each example its nats and over how many tokens; on a GPU they are right only when added up over a batch"
     import torch
+    from descgen.layers import layer_device
     was_training = model.training
     model.eval()
     try:
         for batch in _batches(examples, tokens):
             counts = [sum(label != IGNORE for label in e["labels"][1:]) for e in batch]
             batch = collate([{**e, "labels": [IGNORE, *e["labels"][1:]]} for e in batch])
-            with torch.no_grad(), _autocast(recipe): losses = _token_losses(model, {k: v.to(model.device) for k, v in batch.items()})
+            with torch.no_grad(), _autocast(recipe): losses = _token_losses(model, {k: v.to(layer_device(model)) for k, v in batch.items()})
             yield from ((part.double().sum().item(), n) for part, n in zip(losses.split(counts), counts))
     finally: model.train(was_training)
+
+def row_losses(
+    model, # with or without an adapter, from `add_lora`
+    examples:list[dict], # from `encode_rows` with `loss_on="completion"`
+    recipe:Recipe, # its precision
+    tokens:int=512, # tokens at once on a CPU: changes time and memory, not the result; a GPU takes one example at a time
+): # yields for each example its nats and over how many tokens
+    "The summed loss of each example's completion"
+    yield from _losses_in_batches(model, examples, recipe, 1 if has_cuda() else tokens)
 
 # %% ../nbs/03_train.ipynb #e1d58ac0
 def completion_loss(
@@ -283,7 +288,7 @@ def completion_loss(
 )->float|None: # nats a token; None without examples
     "Mean loss over the completion tokens"
     if not examples: return None
-    nats, count = map(sum, zip(*row_losses(model, examples, recipe, tokens)))
+    nats, count = map(sum, zip(*_losses_in_batches(model, examples, recipe, tokens)))
     return nats/count
 
 # %% ../nbs/03_train.ipynb #54922d9d
@@ -302,13 +307,25 @@ def count_packs(
     return max(1, round(recipe.num_train_epochs*packs.per_epoch()))
 
 # %% ../nbs/03_train.ipynb #d689274d
-def _sizes(config, r, targets):
-    "Numbers of a Llama's parameters: all matrices of its layers, embedding and output, the adapter"
+def _shapes(config):
+    "Inputs and outputs of a Llama layer's matrices"
     c, d = config, getattr(config, "head_dim", None) or config.hidden_size//config.num_attention_heads
     q, kv, h, i = c.num_attention_heads*d, c.num_key_value_heads*d, c.hidden_size, c.intermediate_size
-    shapes = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h), "gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}
+    return {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h), "gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}
+
+def _sizes(config, r, targets):
+    "Numbers of a Llama's parameters: all matrices of its layers, embedding and output, the adapter"
+    c, shapes = config, _shapes(config)
     body = c.num_hidden_layers*sum(a*b for a, b in shapes.values())
-    return body, c.vocab_size*h*(1 if c.tie_word_embeddings else 2), c.num_hidden_layers*r*sum(sum(shapes[t]) for t in targets)
+    return body, c.vocab_size*c.hidden_size*(1 if c.tie_word_embeddings else 2), c.num_hidden_layers*r*sum(sum(shapes[t]) for t in targets)
+
+def _kept_in_16_bits(config):
+    "How many parameters of the layers a copy in 4 bits keeps in 16, as its configuration says"
+    quantized = getattr(config, "quantization_config", None) or {}
+    names = (quantized if isinstance(quantized, dict) else quantized.to_dict()).get("llm_int8_skip_modules") or []
+    part = {name: "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp" for name in TARGETS}
+    modules = {f"model.layers.{layer}.{part[m]}.{m}.": a*b for layer in range(config.num_hidden_layers) for m, (a, b) in _shapes(config).items()}
+    return sum(size for module, size in modules.items() if any(module.startswith(f"{name}.") for name in names))
 
 def _activations(config, recipe):
     "Bytes that a batch keeps for its backward pass"
@@ -328,7 +345,8 @@ def estimate_memory(
     "How much memory training will need at its peak, on the CUDA device if there is one"
     body, rest, adapter = _sizes(config, recipe.r, recipe.target_modules)
     weight = 4 if compute_dtype(recipe) == "float32" and not has_cuda() else 2
-    weights = (0.53 if recipe.load_in_4bit else weight)*body + weight*rest
+    whole = _kept_in_16_bits(config) if recipe.load_in_4bit else body
+    weights = 0.53*(body - whole) + weight*(whole + rest) # 4 bits and their scales are 0.53 bytes
     libraries = 0 if has_cuda() else 1e9 # Python with PyTorch, Unsloth and the data
     return (libraries + weights + (10 if "8bit" in recipe.optim else 16)*adapter + _activations(config, recipe))/1e9
 
@@ -340,8 +358,11 @@ def free_memory()->float: # GB
 
 def peak_memory()->float: # GB
     "The most memory that this process has had so far, on the CUDA device if there is one"
-    import resource, torch
+    import psutil, torch
     if has_cuda(): return torch.cuda.max_memory_allocated()/1e9
+    here = psutil.Process().memory_info()
+    if hasattr(here, "peak_wset"): return here.peak_wset/1e9 # Windows, which has no `resource`
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)/1e9
 
 # %% ../nbs/03_train.ipynb #0518c618
@@ -352,9 +373,11 @@ def probe_speed(
 )->float: # tokens a second, forward and backward
     "How fast this machine trains, from one pack run twice; leaves no gradient and no random number behind"
     import torch
-    batch = {k: v.to(model.device) for k, v in collate([pack]).items()}
+    from descgen.layers import layer_device
+    device = layer_device(model)
+    batch = {k: v.to(device) for k, v in collate([pack]).items()}
     model.train()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []): # else each GPU of the machine would be started
         for _ in range(2): # the first warms caches up
             start = time.perf_counter()
             with _autocast(recipe): loss = model(**batch, use_cache=False).loss
@@ -382,12 +405,15 @@ def plan(
 
 # %% ../nbs/03_train.ipynb #b05da9b2
 _BESIDES = {"output_dir", "overwrite", "data_path", "strict", "eval_rows", "logging_steps", "eval_steps", "save_steps",
-            "n_titles", "title", "max_new_tokens", "temperature", "top_p", "report_to"} # what changes no weight
+            "n_titles", "title", "max_new_tokens", "temperature", "top_p", "report_to", "adapter_path"} # what changes no weight, or whose content counts and not its path
+_MEASURING = {"eval_rows", "eval_steps"} # change the adapter if the test loss decides which one comes out
 
 def _what_decides(recipe, file_key):
     "All that decides which adapter comes out"
     packages = ("torch", "transformers", "trl", "peft", "unsloth", "polars")
-    return {**recipe.model_dump(exclude=_BESIDES), "model_id": short_path(recipe.model_id), "file_key": file_key, **{f"version of {p}": version(p) for p in packages}}
+    besides = _BESIDES - (_MEASURING if recipe.keep_best or recipe.patience else set())
+    start = {"adapter at the start": sha256_file(Path(recipe.adapter_path)/"adapter_model.safetensors")} if recipe.adapter_path else {}
+    return {**recipe.model_dump(exclude=besides), **start, "model_id": short_path(recipe.model_id), "file_key": file_key, **{f"version of {p}": version(p) for p in packages}}
 
 def _step(checkpoint): return int(checkpoint.name.split("-")[1])
 
@@ -430,8 +456,23 @@ def claim_output(
         elif not is_whole(old): _set_aside(old)
     if not going_on: (folder/_BEST).unlink(missing_ok=True)
     begun = record if "decides" not in record else {} # what stands there before a run has taken the folder is of the one who started it
+    if going_on and "model" in record: begun = {"model": record["model"]} # for `claim_base`
     save_record(folder, {**begun, "state": "running", "given": given.model_dump(), "decides": mine, "data_path": short_path(settled.data_path), "repeats": repeats()})
     return next((c for c in reversed(found) if c.exists()), None)
+
+# %% ../nbs/03_train.ipynb #2bf94c21
+def claim_base(
+    output_dir:str|Path, # of the run, from `claim_output`
+    loaded:dict, # from `fingerprint`
+):
+    "Keep in the manifest which base was loaded; ValueError if the checkpoints to resume from were trained on another"
+    before = read_record(output_dir).get("model")
+    if before and before != loaded and _checkpoints(output_dir):
+        there, here = ({**m.get("files", {}), "the tokenizer": m.get("tokenizer_sha256"), "the chat template": m.get("template_sha256")} for m in (before, loaded))
+        differ = [name for name in {**there, **here} if there.get(name) != here.get(name)] or ["its name"]
+        raise ValueError(f"The base is not the one that the checkpoints in {output_dir} were trained on: {', '.join(differ)} changed since. "
+            "Bring the earlier files back, or give this run another output_dir.")
+    write_record(output_dir, model=loaded)
 
 # %% ../nbs/03_train.ipynb #e93b9135
 _LICENCES = {LLAMA: "llama3.2", EMBEDDED: "apache-2.0"}
@@ -461,6 +502,7 @@ def save_adapter(
     tokenizer, # of the model
     folder:str|Path, # where the adapter shall be
     model_id:str, # the name of its base, from which `load_adapter` finds it again
+    dtype:str|None=None, # what it was trained in, from `compute_dtype`, for `load_adapter`; None: not written down
 )->Path: # the same folder
     "Save adapter, tokenizer, chat template and model card, whole or not at all"
     folder = Path(folder)
@@ -472,8 +514,8 @@ def save_adapter(
         config = json.loads((aside/"adapter_config.json").read_text(encoding="utf-8"))
         write_text(aside/"adapter_config.json", json.dumps({**config, "base_model_name_or_path": model_id}, indent=2) + "\n")
         write_text(aside/"README.md", _card(model_id))
-        for path in (p for p in aside.rglob("*") if p.is_file()):
-            with open(path, "rb") as f: os.fsync(f.fileno())
+        if dtype: write_text(aside/"descgen.json", json.dumps({"dtype": dtype}) + "\n")
+        for path in (p for p in aside.rglob("*") if p.is_file()): flush_to_disk(path)
         _swap_folder(aside, folder)
     finally: shutil.rmtree(aside, ignore_errors=True)
     return folder
@@ -505,12 +547,22 @@ def _progress(recipe, seen, watch):
 
 # %% ../nbs/03_train.ipynb #43c13c99
 def _tested(history): return [h for h in history if "test_loss" in h]
-def _best(history): return min(_tested(history), key=lambda h: h["test_loss"])
+
+def _best(history):
+    "The first entry with the lowest test loss; None if there is none, or none that is a number"
+    return min((h for h in _tested(history) if math.isfinite(h["test_loss"])), key=lambda h: h["test_loss"], default=None)
 
 def _is_over(history, recipe):
     "Whether the test loss has not fallen for as many measurements as `patience` allows"
-    tested = _tested(history)
-    return bool(tested) and len(tested) - 1 - tested.index(_best(history)) >= recipe.patience > 0
+    tested, best = _tested(history), _best(history)
+    since = len(tested) - 1 - tested.index(best) if best else len(tested)
+    return since >= recipe.patience > 0
+
+def skipped_steps(
+    history:list[dict], # from `train`
+)->int: # optimizer steps
+    "How many steps changed nothing: in fp16 a step whose gradient is not a number is skipped, and the loss is scaled down"
+    return sum(bool(h.get("skipped")) for h in history)
 
 def _keep_weights(model, path):
     "Write the adapter's weights, whole or not at all"
@@ -518,33 +570,38 @@ def _keep_weights(model, path):
     from safetensors.torch import save_file
     aside = path.with_name(f".{path.name}.new")
     save_file(get_peft_model_state_dict(model, save_embedding_layers=False), aside)
-    with open(aside, "rb") as f: os.fsync(f.fileno())
+    flush_to_disk(aside)
     os.replace(aside, path)
 
-def _take_weights(model, path):
-    "Give the adapter the weights of a file"
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-    set_peft_model_state_dict(model, load_file(path))
+def _restore_best(folder, checkpoint):
+    "Let `best.safetensors` be what it was at a checkpoint: later steps may have replaced it before the run was interrupted"
+    aside = folder/f".{_BEST}.new"
+    if checkpoint is None or not (checkpoint/_BEST).is_file(): return (folder/_BEST).unlink(missing_ok=True)
+    shutil.copyfile(checkpoint/_BEST, aside)
+    os.replace(aside, folder/_BEST)
 
 # %% ../nbs/03_train.ipynb #09a05b27
 def _watch(model, examples, recipe):
     "Adds `test_loss` to the trainer's log, tells trackers of it and keeps the time that it took, keeps the best adapter, seals checkpoints"
     from transformers import TrainerCallback
+    folder = Path(recipe.output_dir)
     class Watch(TrainerCallback):
         seconds, trackers = 0.0, ()
-        def on_step_end(self, args, state, control, **kw):
-            "Measure the test loss when it is due"
+        def on_step_end(self, args, state, control, optimizer=None, **kw):
+            "Note a step that fp16 skipped, and measure the test loss when it is due"
+            if getattr(optimizer, "step_was_skipped", False): state.log_history.append({"step": state.global_step, "skipped": True})
             if not examples or (state.global_step % recipe.eval_steps and state.global_step != state.max_steps): return
             start = time.time()
             state.log_history.append({"step": state.global_step, "test_loss": completion_loss(model, examples, recipe)})
             for tracker in self.trackers: tracker.on_log(args, state, control, model=model, logs={"eval_loss": state.log_history[-1]["test_loss"]})
-            if recipe.keep_best and _best(state.log_history)["step"] == state.global_step: _keep_weights(model, Path(args.output_dir)/_BEST)
+            if recipe.keep_best and _best(state.log_history) is state.log_history[-1]: _keep_weights(model, folder/_BEST)
             if _is_over(state.log_history, recipe): control.should_training_stop = True
             self.seconds += time.time() - start
         def on_save(self, args, state, control, **kw):
-            "Seal the checkpoint"
-            seal(Path(args.output_dir)/f"checkpoint-{state.global_step}")
+            "Put the best adapter so far into the checkpoint, and seal it"
+            checkpoint = folder/f"checkpoint-{state.global_step}"
+            if (folder/_BEST).is_file(): shutil.copyfile(folder/_BEST, checkpoint/_BEST)
+            seal(checkpoint)
     return Watch()
 
 # %% ../nbs/03_train.ipynb #d009b373
@@ -596,9 +653,13 @@ def _trainer(model, tokenizer, packs, recipe, test_examples, callbacks):
     return trainer
 
 # %% ../nbs/03_train.ipynb #f1d99296
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED") # what accelerate's list of messages lacks
+
 def _is_out_of_memory(error):
+    "Whether an error says that the device or the machine has no memory left"
     import torch
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    from accelerate.utils.memory import should_reduce_batch_size
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error) or any(said in str(error) for said in _NO_MEMORY)
 
 def _with_smaller_batch(recipe):
     "The same effective batch from batches of half the size, or the next smaller one that divides it; MemoryError where one pack is too much"
@@ -622,11 +683,12 @@ def _short_turns(seconds=0.0005):
 
 def _train_from(checkpoint, model, tokenizer, packs, recipe, test_examples, callbacks):
     "One attempt: the trainer's log"
+    _restore_best(Path(recipe.output_dir), checkpoint)
     if checkpoint:
         print(f"Going on from {checkpoint.name}")
         history = json.loads((checkpoint/"trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         if _step(checkpoint) >= _steps_of(recipe, packs) or _is_over(history, recipe): # the trainer would make one more step
-            _take_weights(model, checkpoint/"adapter_model.safetensors")
+            load_weights(model, checkpoint/"adapter_model.safetensors")
             return history
     trainer = _trainer(model, tokenizer, packs, recipe, test_examples, callbacks)
     with _short_turns(): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -656,9 +718,10 @@ def train(
         recipe, resume_from = _with_smaller_batch(recipe), next((c for c in reversed(_checkpoints(folder)) if is_whole(c)), resume_from)
         model.zero_grad(set_to_none=True); gc.collect()
         if has_cuda(): torch.cuda.empty_cache()
-        if not resume_from: _take_weights(model, folder/_START)
+        if not resume_from: load_weights(model, folder/_START)
     (folder/_START).unlink()
-    if recipe.keep_best and _tested(history): _take_weights(model, folder/_BEST)
+    if recipe.keep_best and _best(history): load_weights(model, folder/_BEST)
+    elif recipe.keep_best and _tested(history): print("The test loss was never a number: the adapter of the last step is kept.")
     return history
 
 # %% ../nbs/03_train.ipynb #74af5a9c

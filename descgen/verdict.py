@@ -208,13 +208,13 @@ def evaluate_adapter(
     from descgen.inference import load_adapter
     from descgen.split import audit
     from descgen.files import read_record
-    from descgen.train import check_recipe, resolve
+    from descgen.train import check_recipe, compute_dtype, resolve
     record = read_record(Path(folder).parent)
     if not record: raise FileNotFoundError(f"{Path(folder).parent} has no manifest.json, which says what the adapter was trained on. Give the adapter's folder inside its run's.")
     recipe = resolve(check_recipe(record["given"] | {"data_path": record["data_path"]}))
     test, train = _rows_of(recipe, data)
     test, train = test.select(range(min(rows or recipe.eval_rows, len(test)))), train.select(range(min(_read(record), len(train))))
-    model, tokenizer = load_adapter(folder, recipe.max_seq_length, recipe.load_in_4bit)
+    model, tokenizer = load_adapter(folder, recipe.max_seq_length, recipe.load_in_4bit, dtype=compute_dtype(recipe))
     leaks = audit(test.with_format("polars")[:], train.with_format("polars")[:], recipe.near_threshold)["test"].to_list()
     return evaluate(model, tokenizer, test.to_list(), train.to_list(), template_parts(tokenizer), recipe, set(leaks))
 
