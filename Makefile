@@ -19,7 +19,7 @@ NAME   := $(if $(CUDA),gpu,cpu)
 RUN    := outputs/runs/latest
 ARGS   ?=
 
-.PHONY: run test sync pages readme lab
+.PHONY: run test processors sync pages readme lab
 
 # Each run has a folder of its own in outputs/runs; `latest` is the one that finished last.
 run: $(READY)
@@ -30,6 +30,12 @@ run: $(READY)
 test: $(READY)
 	@$(ENTER) nbdev_test --timing
 	@$(MAKE) --no-print-directory sync
+
+# The chapters that compute, as on a processor without bf16 arithmetic, and as on a laptop with AVX2.
+OTHERS := UNSLOTH_CPU_BF16=0 'ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2'
+processors: $(READY)
+	@$(ENTER) for settings in $(OTHERS); do \
+	echo "With $$settings:"; env $$settings nbdev_test --file_re '(01a|02_|03|04|05_|10).*' || exit 1; done
 
 # Exporting, cleaning and rendering again must change nothing.
 sync: $(READY)

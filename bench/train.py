@@ -2,6 +2,7 @@
 
     python bench/train.py ROWS.jsonl            # three interleaved rounds, about twenty minutes on two cores; writes its table into bench/README.md
     python bench/train.py ROWS.jsonl --rounds 1 # a look; prints only
+    python bench/train.py ROWS.jsonl --float32  # as on a processor without bf16 arithmetic: limit, Unsloth and descgen, all in float32
 
 Every contender trains the embedded model on the same rows, LoRA r=16 on all seven matrices, in a process of its own; all learn every token at dropout 0.05 with one
 learning rate, but `descgen cpu`, which is recipes/cpu.yaml. Recomputing activations is off for all: it only makes each slower. Counted are the tokens of the examples, not
@@ -21,6 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 BATCH, STEPS, RATE, LENGTH, HELD_OUT = 16, 5, 5e-4, 512, 40
+FLOAT32 = os.environ.get("UNSLOTH_CPU_BF16") == "0" # what --float32 sets for the measurements' own processes
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 def read(path): return [json.loads(line) for line in open(path, encoding="utf-8")]
@@ -51,7 +53,7 @@ def sft(work, model, tokenizer, **settings):
     from trl import SFTConfig, SFTTrainer
     rows, watch = read(f"{work}/train.jsonl"), clock()
     config = SFTConfig(output_dir=f"{work}/out", max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=RATE, lr_scheduler_type="constant", max_length=LENGTH,
-        bf16=True, use_cpu=True, gradient_checkpointing=False, train_sampling_strategy="sequential", report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, seed=42)
+        bf16=not FLOAT32, use_cpu=True, gradient_checkpointing=False, train_sampling_strategy="sequential", report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, seed=42)
     trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list([{"messages": conversation(r)} for r in rows]), callbacks=[watch],
         processing_class=tokenizer, **settings)
     trainer.train()
@@ -110,7 +112,7 @@ def limit(work, base):
     h, i, kv = c.hidden_size, c.intermediate_size, c.num_key_value_heads*c.head_dim if getattr(c, "head_dim", None) else c.num_key_value_heads*h//c.num_attention_heads
     shapes = [(h, h, 2), (h, kv, 2), (h, i, 2), (i, h, 1)]
     def seconds(n, k, times=7):
-        x, w, g = (torch.randn(s).to(torch.bfloat16) for s in ((2048, n), (k, n), (2048, k)))
+        x, w, g = (torch.randn(s).to(torch.float32 if FLOAT32 else torch.bfloat16) for s in ((2048, n), (k, n), (2048, k)))
         took = []
         for _ in range(times + 2):
             start = time.perf_counter(); x @ w.T; g @ w; took.append(time.perf_counter() - start)
@@ -155,6 +157,7 @@ def child(name, work, args):
     python, extra = sys.executable, {}
     if name == "trl": extra = {"PYTHONPATH": str(args.trl)}
     if name == "llamafactory": python = str(args.llamafactory)
+    if args.float32: extra["UNSLOTH_CPU_BF16"] = "0"
     done = subprocess.run([python, __file__, str(work), "--child", name, "--base", str(args.base)], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **extra})
     if done.returncode: raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
@@ -172,8 +175,8 @@ def prepare(data, work):
 def table(rounds, losses):
     "Medians, and ratios within the rounds"
     speed = {n: [r[n]["tokens_per_second"] for r in rounds] for n in rounds[0]}
-    def ratio(a, b): return f"{statistics.median(x/y for x, y in zip(speed[a], speed[b])):.2f}"
-    rows = ["| | useful tokens a second | against Unsloth as it comes | against plain TRL + PEFT | of the limit | peak memory | held-out loss |", "|---|---|---|---|---|---|---|"]
+    def ratio(a, b): return f"{statistics.median(x/y for x, y in zip(speed[a], speed[b])):.2f}" if b in speed else ""
+    rows = ["| | useful tokens per second | against Unsloth as it comes | against plain TRL + PEFT | of the limit | peak memory | held-out loss |", "|---|---|---|---|---|---|---|"]
     for n in speed:
         memory = f"{max(r[n].get('memory_gb', 0) for r in rounds):.1f} GB" if n != "limit" else ""
         rows.append(f"| {n.replace('_', ' ')} | {statistics.median(speed[n]):.0f} | {ratio(n, 'unsloth')} | {ratio(n, 'trl')} | {ratio(n, 'limit')} | {memory} | {f'{losses[n]:.3f}' if n in losses else ''} |")
@@ -185,29 +188,30 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data"); parser.add_argument("--rounds", type=int, default=3); parser.add_argument("--child"); parser.add_argument("--base", type=Path)
     parser.add_argument("--trl", type=Path, default=HERE.parent/".bench"/"trl"); parser.add_argument("--llamafactory", type=Path, default=HERE.parent/".bench"/"llamafactory"/"bin"/"python")
-    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--only", nargs="+"); parser.add_argument("--float32", action="store_true")
     args = parser.parse_args()
     if args.child:
         print("\n" + json.dumps(globals()[args.child](Path(args.data), args.base)))
         sys.exit()
-    from descgen.model import embedded_model
-    args.base = embedded_model()
-    work, names = Path(tempfile.mkdtemp()), args.only or ["limit", "trl", "llamafactory", "unsloth", "descgen", "descgen_cpu"]
+    from descgen.model import embedded_model, native_bf16
+    args.base, args.float32 = embedded_model(), args.float32 or not native_bf16() # emulated bf16 would be unfair to the others
+    peers = [] if args.float32 else ["trl", "llamafactory"]
+    work, names = Path(tempfile.mkdtemp()), args.only or ["limit", *peers, "unsloth", "descgen", "descgen_cpu"]
     (work/"adapters").mkdir()
     prepare(args.data, work)
     rounds = []
     for n in range(args.rounds):
         rounds.append({})
-        for name in names + (["descgen_float32"] if n == 0 and not args.only else []):
+        for name in names + (["descgen_float32"] if n == 0 and not args.only and not args.float32 else []):
             for old in ("out", "adapter"): shutil.rmtree(work/old, ignore_errors=True)
             rounds[-1][name] = child(name, work, args)
             if n == 0 and name != "limit": shutil.copy(next((work/"adapter").rglob("adapter_model.safetensors")), work/"adapters"/f"{name}.safetensors")
     reference = rounds[0].pop("descgen_float32", None)
     losses = child("judge", work, args)
     if not args.only:
-        text = table(rounds, losses) + f"\n\nTrained in float32, descgen's loss is {losses['descgen_float32']:.3f}."
+        text = table(rounds, losses) + ("" if args.float32 else f"\n\nTrained in float32, descgen's loss is {losses['descgen_float32']:.3f}.")
         print(text)
         if args.rounds > 1:
             from sweep import store
-            store(text, "train")
+            store(text, "train float32" if args.float32 else "train")
     shutil.rmtree(work)

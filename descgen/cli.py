@@ -107,11 +107,14 @@ def _checked(values, notebook):
     from descgen.data import find_data
     from descgen.files import sha256_file
     from descgen.runs import refuse_secrets
+    from descgen.model import adapter_hash
     from descgen.train import check_recipe, read_defaults
     refuse_secrets(values)
     recipe = check_recipe(read_defaults(notebook) | values)
     given = recipe.model_dump(exclude={"output_dir", "overwrite"})
-    return given, {k: v for k, v in given.items() if k not in ("data_path", "report_to")} | {"data_sha256": sha256_file(find_data(recipe.data_path))}
+    files = {"data_sha256": sha256_file(find_data(recipe.data_path))}
+    if recipe.adapter_path: files["adapter_sha256"] = adapter_hash(recipe.adapter_path)
+    return given, {k: v for k, v in given.items() if k not in ("data_path", "adapter_path", "report_to")} | files
 
 def _execute(folder, given, notebook):
     "Execute into a run's folder, and say which; the manifest"
@@ -233,7 +236,7 @@ def diff(
 @app.command("repeat")
 def repeat(
     name:Annotated[str, typer.Argument(help="A run's id or its beginning")],
-    allow:Annotated[list[str]|None, typer.Option(help="What may differ: data, code or lock")]=None,
+    allow:Annotated[list[str]|None, typer.Option(help="What may differ: data, code, lock or adapter")]=None,
     root:Root=RUNS,
     notebook:Book=NOTEBOOK,
 ):
@@ -242,7 +245,7 @@ def repeat(
     with _or_end("Not repeated"):
         first = read_manifest(find_run(name, root))
         if first["state"] != "finished": raise ValueError(f"{first['id']} is {first['state']}: only a finished run can be repeated.")
-        if found := obstacles(first, tuple(allow or ())): raise ValueError("; ".join(found) + ". --allow data, code or lock lets it differ.")
+        if found := obstacles(first, tuple(allow or ())): raise ValueError("; ".join(found) + ". --allow data, code, lock or adapter lets it differ.")
         done = _start(first["given"], "repeat", root, notebook)
     same = done.get("adapter_sha256") == first["adapter_sha256"]
     if done["state"] == "finished": typer.echo(f"The adapter is {'byte for byte that' if same else 'not that'} of {first['id']}: {done['adapter_sha256']}" + ("" if same else f", not {first['adapter_sha256']}"))

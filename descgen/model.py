@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'LLAMA', 'TARGETS', 'embedded_gguf', 'embedded_model', 'has_cuda', 'native_bf16', 'choose_model',
            'choose_4bit', 'check_gpu', 'model_config', 'load_model', 'fingerprint', 'add_lora', 'read_adapter_config',
-           'load_weights', 'take_adapter', 'tiny_model']
+           'adapter_hash', 'load_weights', 'take_adapter', 'tiny_model']
 
 # %% ../nbs/02_model.ipynb #d5946ba0
 import hashlib, importlib.util, json, logging, os, platform, shutil, socket, subprocess, tempfile
@@ -226,6 +226,13 @@ def read_adapter_config(
         raise FileNotFoundError(f"{folder} holds no adapter: {' and '.join(missing)} not found. {hint}")
     return json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
 
+def adapter_hash(
+    folder:str|Path, # where `save_adapter` wrote
+)->str: # 64 hexadecimal digits
+    "The SHA-256 of an adapter's weights; FileNotFoundError where the folder holds none"
+    read_adapter_config(folder)
+    return sha256_file(Path(folder)/"adapter_model.safetensors")
+
 def load_weights(
     model, # with an adapter of the same shape
     path:str|Path, # a safetensors file of an adapter
@@ -256,9 +263,8 @@ def take_adapter(
     here = _adapter_shape(model.peft_config["default"].to_dict(), model_id)
     differ = [f"{name} {there[name]!r} there, {here[name]!r} here" for name in there if there[name] != here[name]]
     if differ: raise ValueError(f"adapter_path={str(folder)!r} was trained with other parameters: {'; '.join(differ)}. Set them as there, or leave adapter_path out.")
-    weights = Path(folder)/"adapter_model.safetensors"
-    load_weights(model, weights)
-    return sha256_file(weights)
+    load_weights(model, Path(folder)/"adapter_model.safetensors")
+    return adapter_hash(folder)
 
 # %% ../nbs/02_model.ipynb #13f5a242
 def tiny_model(

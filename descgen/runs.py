@@ -157,7 +157,6 @@ ENTRIES = { # of a manifest of this schema: its kind in Python, and what it is
     "skipped_steps": (int, "optimizer steps that fp16's loss scaling skipped"),
     "test_loss": (dict, "before and after, nats a completion token"),
     "descriptions": (list, "titles described before and after"), "peak_memory_gb": ((int, float), "while training"), "minutes": ((int, float), "of the notebook up to the report"),
-    "adapter_sha256_start": (str, "the hash of the adapter that training started from (`adapter_path`)"),
     "adapter_sha256": (str, "the hash of its weights"), "files": (dict, "what else the run left, by name, and its hash"), "notebook": (dict, "the executed notebook's file and hash"),
     "cleared": (list, "files in which a secret or the home's path was hidden"), "failed": (dict, "the cell and the error")}
 
@@ -425,16 +424,24 @@ def edited(
     return [f"{name} was changed" if (folder/name).is_file() else f"{name} is not there" for name, sha in said.items() if sha and not ((folder/name).is_file() and sha256_file(folder/name) == sha)]
 
 # %% ../nbs/06_runs.ipynb #4b9265cb
+def _first_adapter(manifest):
+    "The weights that training began with, and their hash at that time; None and None of a run that began with a fresh adapter"
+    folder = (manifest.get("given") or {}).get("adapter_path")
+    if not folder: return None, None
+    return Path(os.path.expanduser(folder))/"adapter_model.safetensors", (manifest.get("decides") or {}).get("adapter at the start")
+
 def obstacles(
     manifest:dict, # of the run to repeat
-    allow:tuple=(), # of "data", "code", "lock": what may differ
+    allow:tuple=(), # of "data", "code", "lock", "adapter": what may differ
     lock:str|Path="requirements.lock", # as in `circumstances`
 )->list[str]: # why it cannot be the same run
     "What has changed since a run"
     here, data = circumstances(lock), Path(os.path.expanduser(manifest.get("data_path") or ""))
-    same = {"data": data.is_file() and sha256_file(data) == manifest.get("data_sha256"), "code": here["code"] == manifest.get("code"), "lock": here["lock_sha256"] == manifest.get("lock_sha256")}
+    adapter, was = _first_adapter(manifest)
+    same = {"data": data.is_file() and sha256_file(data) == manifest.get("data_sha256"), "code": here["code"] == manifest.get("code"), "lock": here["lock_sha256"] == manifest.get("lock_sha256"),
+        "adapter": adapter is None or adapter.is_file() and sha256_file(adapter) == was}
     said = {"data": f"{data} is not the file that was trained on", "code": f"the code is at commit {(here['code']['commit'] or 'none')[:8]}{' with changes' if here['code']['changes'] else ''}, not as it was",
-        "lock": f"{lock} is another"}
+        "lock": f"{lock} is another", "adapter": f"{adapter} is not the adapter that training began with"}
     return [said[what] for what, is_same in same.items() if not is_same and what not in allow]
 
 # %% ../nbs/06_runs.ipynb #dce56778

@@ -23,7 +23,7 @@ from .data import find_data
 from .files import flush_to_disk, is_whole, read_record, save_record, seal, sha256_file, short_path, write_record, write_text
 from . import __version__
 from .formatting import IGNORE, INSTRUCTION, Packs
-from .model import (EMBEDDED, LLAMA, TARGETS, check_gpu, choose_4bit, choose_model, has_cuda, load_weights, model_config, native_bf16,
+from .model import (EMBEDDED, LLAMA, TARGETS, adapter_hash, check_gpu, choose_4bit, choose_model, has_cuda, load_weights, model_config, native_bf16,
                            read_adapter_config, take_adapter)
 
 # %% ../nbs/03_train.ipynb #64813693
@@ -412,7 +412,7 @@ def _what_decides(recipe, file_key):
     "All that decides which adapter comes out"
     packages = ("torch", "transformers", "trl", "peft", "unsloth", "polars")
     besides = _BESIDES - (_MEASURING if recipe.keep_best or recipe.patience else set())
-    start = {"adapter at the start": sha256_file(Path(recipe.adapter_path)/"adapter_model.safetensors")} if recipe.adapter_path else {}
+    start = {"adapter at the start": adapter_hash(recipe.adapter_path)} if recipe.adapter_path else {}
     return {**recipe.model_dump(exclude=besides), **start, "model_id": short_path(recipe.model_id), "file_key": file_key, **{f"version of {p}": version(p) for p in packages}}
 
 def _step(checkpoint): return int(checkpoint.name.split("-")[1])
@@ -731,7 +731,7 @@ def loss_points(
 )->tuple[list, list]: # steps and losses of the training, and of the test
     "What a curve of losses goes through"
     start = [(0, before)] if before is not None else []
-    return [(h["step"], float(h["loss"])) for h in history if "loss" in h], start + [(h["step"], h["test_loss"]) for h in history if "test_loss" in h]
+    return [(h["step"], float(h["loss"])) for h in history if h.get("loss") is not None], start + [(h["step"], h["test_loss"]) for h in history if h.get("test_loss") is not None]
 
 def plot_losses(
     history:list[dict], # from `train`
