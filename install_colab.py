@@ -3,6 +3,7 @@
 The packages of the running kernel and torch stay as they are. `requirements-colab.txt` lists the names.
 """
 import subprocess, sys
+from argparse import ArgumentParser
 from importlib import invalidate_caches
 from importlib.metadata import distributions, packages_distributions
 
@@ -47,4 +48,6 @@ def install(
     if stale := imported(replaced): print(f"Restart the session, then run all cells: {', '.join(stale)} was imported before")
 
 
-if __name__ == "__main__": install()
+if __name__ == "__main__":
+    ArgumentParser(description=__doc__).parse_args() # only --help: nothing is installed for it
+    install()
