@@ -15,8 +15,9 @@ import numpy as np, polars as pl, xxhash
 from filelock import FileLock, Timeout
 
 from .clean import STEPS, clean
-from .data import _refuse, parse_block, read_blocks
+from .data import FIELDS, ROWS, refuse_line
 from .files import as_jsonl, cache_folder, write_text
+from .formats import inspect_file, read_parts
 from .split import WIDTH, choose_sides, drawn, keep_one, mix, near_pairs, text_key, title_number
 
 # %% ../nbs/00c_prepared.ipynb #c005
@@ -44,14 +45,14 @@ def _examples(rows, n=10):
     draw = mix(rows["line"].to_numpy(), 0)
     return [(int(draw[i]), row) for i in np.argsort(draw)[:n] for row in rows[int(i)].select("line", "title", "content").to_dicts()]
 
-def _prepare_block(block, steps, part, strict, path):
-    "Parse, clean and write one block; its index, its lines set aside, and some rows as they stood"
-    rows, aside = parse_block(block[1], block[0], block[2])
-    if aside and strict: _refuse(path, aside)
+def _prepare_part(parse, steps, part, strict, path):
+    "Parse, clean and write one part; its index, its rejected lines, and some rows as they stood"
+    rows, rejected = parse()
+    if rejected and strict: refuse_line(path, rejected[0])
     cleaned, changed = clean(rows, steps)
     index = _index(cleaned, changed)
     cleaned.filter((pl.col("title") != "") & (pl.col("content") != "")).write_ipc(part)
-    return index, aside, _examples(rows)
+    return index, rejected, _examples(rows)
 
 # %% ../nbs/00c_prepared.ipynb #c008
 def _in_order(pool, function, items, ahead):
@@ -62,18 +63,19 @@ def _in_order(pool, function, items, ahead):
         if len(waiting) > ahead: yield waiting.pop(0).result()
     for w in waiting: yield w.result()
 
-def _prepare(path, folder, steps, strict):
-    "Write index, rows, lines set aside and examples of a file into a folder"
+def _prepare(source, folder, steps, strict):
+    "Write index, rows, rejected lines and examples of a file into a folder"
     cores = os.cpu_count() or 1
-    jobs = ((block, steps, folder/f"rows-{n:05d}.arrow", strict, path) for n, block in enumerate(read_blocks(path)))
-    indexes, examples, n_aside = [], [], 0
+    jobs = ((parse, steps, folder/f"rows-{n:05d}.arrow", strict, source.path) for n, parse in enumerate(read_parts(source)))
+    indexes, examples, n_rejected = [], [], 0
     with ThreadPoolExecutor(cores) as pool, open(folder/"set_aside.jsonl", "w", encoding="utf-8") as out:
-        for index, aside, some in _in_order(pool, _prepare_block, jobs, cores):
-            indexes.append(index); n_aside += len(aside)
+        for index, rejected, some in _in_order(pool, _prepare_part, jobs, cores):
+            indexes.append(index)
+            n_rejected += len(rejected)
             examples = sorted(examples + some, key=lambda e: e[0])[:10]
-            out.write(as_jsonl(aside))
-    pl.concat(indexes or [_index(parse_block(b"")[0], pl.Series([], dtype=pl.UInt8))]).write_ipc(folder/"index.arrow")
-    write_text(folder/"about.json", json.dumps({"set_aside": n_aside, "steps": list(steps), "examples": [row for _, row in examples]}))
+            out.write(as_jsonl(rejected))
+    pl.concat(indexes or [_index(pl.DataFrame(schema=ROWS), pl.Series([], dtype=pl.UInt8))]).write_ipc(folder/"index.arrow")
+    write_text(folder/"about.json", json.dumps({"set_aside": n_rejected, "steps": list(steps), "examples": [row for _, row in examples]}))
 
 # %% ../nbs/00c_prepared.ipynb #c010
 def _file_key(path):
@@ -85,31 +87,42 @@ def _file_key(path):
 
 def _code_key():
     "A hash of the code that prepares, and the version of polars"
-    code = b"".join(Path(importlib.util.find_spec(f"descgen.{m}").origin).read_bytes() for m in ("data", "clean", "split", "prepared"))
+    code = b"".join(Path(importlib.util.find_spec(f"descgen.{m}").origin).read_bytes() for m in ("data", "formats", "clean", "split", "prepared"))
     return hashlib.sha256(code + pl.__version__.encode()).hexdigest()[:12]
 
 # %% ../nbs/00c_prepared.ipynb #c011
+def _set_name(source, steps):
+    "The name of a prepared set: the file's bytes, how they are read, the cleaning steps and the code"
+    how = [source.encoding, *source.fields]
+    read = "" if how == ["utf-8", *FIELDS] else f"-{xxhash.xxh3_64_hexdigest(json.dumps(how).encode())[:8]}"
+    return f"{_file_key(source.path)}-{'.'.join(s[:2] for s in STEPS if s in steps) or 'raw'}{read}-{_code_key()}"
+
 def prepare(
-    path:str|Path, # JSON Lines, UTF-8, plain, `.gz` or `.zst`
+    path:str|Path, # any file that `inspect_file` knows
     steps:list[str]=list(STEPS), # cleaning steps to take
-    strict:bool=False, # raise on the first line that is no row
+    strict:bool=False, # raise on the first line that holds no row
     cache:str|Path|None=None, # where prepared sets are kept; None: `prepared` in the user's cache folder
+    title_field:str="auto", # the title's column; "auto": the one with a known name
+    content_field:str="auto", # the content's
+    encoding:str="auto", # "auto": UTF-8, or UTF-16 if it has a byte-order mark
 )->Path: # the folder of the prepared set
     "The prepared set of a file, made if it is not there; two processes that want the same one make it once"
     cache = Path(cache or cache_folder()/"prepared")
     cache.mkdir(parents=True, exist_ok=True)
     before = os.stat(path).st_mtime_ns
-    folder = cache/f"{_file_key(path)}-{'.'.join(s[:2] for s in STEPS if s in steps) or 'raw'}-{_code_key()}"
+    source = inspect_file(path, title_field, content_field, encoding)
+    if source.format != "jsonl" or source.fields != FIELDS: print(source)
+    folder = cache/_set_name(source, steps)
     with _alone(folder):
         if _is_good(folder, path, strict): return folder
-        aside = folder.with_name(f".{folder.name}.new") # what a killed process left of it is of no use
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+        unfinished = folder.with_name(f".{folder.name}.new") # what a killed process left of it is of no use
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
         try:
-            _prepare(path, aside, steps, strict)
-            if os.stat(path).st_mtime_ns != before: raise ValueError(f"{path} was changed while it was read. Start again when it is at rest.")
-            aside.rename(folder)
-        finally: shutil.rmtree(aside, ignore_errors=True)
+            _prepare(source, unfinished, steps, strict)
+            if os.stat(path).st_mtime_ns != before: raise ValueError(f"{path} was changed while it was read. Start again when it is complete.")
+            unfinished.rename(folder)
+        finally: shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 # %% ../nbs/00c_prepared.ipynb #c012
@@ -121,11 +134,11 @@ def _alone(folder):
     return lock.acquire()
 
 def _is_good(folder, path, strict):
-    "Whether a prepared set is there; with `strict` its first line set aside is an error"
+    "Whether a prepared set is there; with `strict` its first rejected line is an error"
     if not folder.is_dir(): return False
     if strict:
         with open(folder/"set_aside.jsonl", encoding="utf-8") as f: aside = f.readline()
-        if aside: _refuse(path, [json.loads(aside)])
+        if aside: refuse_line(path, json.loads(aside))
     print(f"Reusing what was prepared from {Path(path).name} before")
     return True
 
@@ -204,7 +217,7 @@ class Data(NamedTuple):
 
 # %% ../nbs/00c_prepared.ipynb #c026
 def load_data(
-    path:str|Path, # a JSON Lines file, as `find_data` returns it
+    path:str|Path, # any file that `inspect_file` knows, as `find_data` returns it
     test_size:float=0.05, # share of the rows kept for the test
     seed:int=42, # of the sample, the split and the order
     strict:bool=False, # raise on a line that is no row
@@ -218,9 +231,12 @@ def load_data(
     near_threshold:float=0.8, # how alike near copies are, 0 to 1
     near_up_to:int=100_000, # usable rows up to which near copies are looked for: the search takes a minute for two million
     cache:str|Path|None=None, # where prepared sets are kept; None: the user's cache folder
+    title_field:str="auto", # the title's column; "auto": the one with a known name
+    content_field:str="auto", # the content's
+    encoding:str="auto", # of the file; "auto": UTF-8, or UTF-16 if it has a byte-order mark
 )->Data: # training rows, test rows, and what became of all others
     "A catalogue read, cleaned and divided; ValueError where no row is left"
-    folder = prepare(path, clean_steps, strict, cache)
+    folder = prepare(path, clean_steps, strict, cache, title_field, content_field, encoding)
     about, index = json.loads((folder/"about.json").read_text(encoding="utf-8")), pl.read_ipc(folder/"index.arrow")
     index = index.with_columns(row=(~pl.col("reason").is_in([1, 2])).cum_sum() - 1)
     left, lost = _usable(index, max_rows, min_chars, max_chars, drop_echoes, seed)

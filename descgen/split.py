@@ -18,13 +18,30 @@ def text_key(
 
 # %% ../nbs/00b_split.ipynb #c010
 WIDTH = {"title": 1, "content": 3} # words in a run
+_NO_SPACES = r"[\p{Han}\p{Hiragana}\p{Katakana}ー々\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]" # scripts without spaces between words
+
+def _pairs(text):
+    "A text of single characters as one of pairs, if most of its words are single characters"
+    words = text.split(" ")
+    if 2*sum(len(w) == 1 for w in words) <= len(words) or len(words) < 2: return text
+    return " ".join(a + b for a, b in zip(words, words[1:]))
+
+def _words(texts, width):
+    "The words of texts, in lower case; of scripts without spaces the characters, or pairs of them for runs of one"
+    texts = texts.str.to_lowercase().str.replace_all("\n", " ", literal=True)
+    unspaced = texts.str.contains(_NO_SPACES).arg_true()
+    if len(unspaced):
+        characters = texts.gather(unspaced).str.replace_all(f"({_NO_SPACES})", " $1 ").str.replace_all(" +", " ").str.strip_chars()
+        if width == 1: characters = pl.Series(map(_pairs, characters), dtype=pl.String)
+        texts = texts.clone().scatter(unspaced, characters)
+    return texts.str.split(" ")
 
 def shingles(
     texts:pl.Series, # clean strings
     width:int=3, # words in a run
 )->pl.Series: # for each text a list of numbers, one for each run of words
     "The runs of words in a text, as numbers"
-    words = texts.str.to_lowercase().str.replace_all("\n", " ", literal=True).str.split(" ").list.eval(pl.element().hash(1))
+    words = _words(texts, width).list.eval(pl.element().hash(1))
     padded = words.to_frame("w").select(pl.concat_list("w", pl.lit([0]*(width - 1), dtype=pl.List(pl.UInt64)))).to_series() if width > 1 else words
     flat, ends = padded.explode().to_numpy(), np.cumsum(padded.list.len().to_numpy())
     runs = sum(np.roll(flat, -i)*np.uint64(2*i + 1)**np.uint64(17) for i in range(width)) # wraps around, as a hash may
@@ -85,15 +102,18 @@ def _alike(texts, rows, first, second, width, threshold, size=10_000):
     return np.concatenate(parts) if parts else np.zeros(0, bool)
 
 # %% ../nbs/00b_split.ipynb #c019
-def _candidates(keys):
-    "Pairs of rows that agree in a band: each with the one before it and with the first"
+def _candidates(keys, reach=16):
+    "Pairs of rows that agree in a band: each with the ones shortly before it and with the first"
     pairs = []
     for column in keys.T:
         order = np.argsort(column, kind="stable")
         same = column[order][1:] == column[order][:-1]
         starts = np.maximum.accumulate(np.where(np.concatenate([[True], ~same]), np.arange(len(order)), 0))
-        later = np.flatnonzero(same) + 1
-        pairs += [order[later - 1], order[later]], [order[starts[later]], order[later]]
+        pairs.append(np.stack([order[starts[1:][same]], order[1:][same]]))
+        for distance in range(1, reach):
+            later = distance + np.flatnonzero(starts[distance:] == starts[:-distance])
+            if not len(later): break
+            pairs.append(np.stack([order[later - distance], order[later]]))
     first, second = np.concatenate(pairs, axis=1) if pairs else np.zeros((2, 0), int)
     return np.divmod(np.unique(first.astype(np.int64)*len(keys) + second), max(len(keys), 1))
 
