@@ -6,7 +6,7 @@
 __all__ = ['SEPARATORS', 'TITLE_NAMES', 'CONTENT_NAMES', 'choose_encoding', 'choose_fields', 'Source', 'inspect_file',
            'parse_csv_block', 'read_parts', 'read_catalogue']
 
-# %% ../nbs/00_formats.ipynb #aaf28bbc
+# %% ../nbs/00_formats.ipynb #717f1059
 import codecs, contextlib, csv, io, itertools, json, re, tempfile
 from collections import deque
 from functools import partial
@@ -17,7 +17,7 @@ import numpy as np, polars as pl
 
 from .data import DAMAGE, FIELDS, ROWS, object_to_row, json_decoder, packing_of, parse_block, parse_row, read_blocks, read_pieces, rejection, show_progress
 
-# %% ../nbs/00_formats.ipynb #0ff64b14
+# %% ../nbs/00_formats.ipynb #07095f31
 _HEAD = 1 << 18 # bytes
 
 def _head(path, encoding, size=_HEAD):
@@ -31,18 +31,18 @@ def _head(path, encoding, size=_HEAD):
     except DAMAGE: pass # the reader says where the file ends too soon
     return b"".join(held)[:size], n <= size
 
-# %% ../nbs/00_formats.ipynb #ec09363f
+# %% ../nbs/00_formats.ipynb #c01e15c5
 def _is_utf8(line):
     try: line.decode("utf-8")
     except UnicodeDecodeError: return False
     return True
 
 def _guess_encoding(head):
-    "The encoding that some bytes look like"
+    "The encoding that some bytes look like: windows-1252, the most frequent one, if it is nearly as likely as the likeliest"
     from charset_normalizer import from_bytes
-    found = [m.encoding for m in from_bytes(head)]
-    likely = [e for e in ("cp1252", "cp1250", "shift_jis", "utf_16_le", "utf_16_be") if e in found] # the common ones, if they are as good as any
-    return next(iter(found[:1] if found[:1] and found[0] in likely else likely or found), "latin-1").replace("_", "-")
+    matches = from_bytes(head)
+    names = [name for m in matches if m.chaos <= matches[0].chaos + 0.05 for name in m.could_be_from_charset]
+    return next((n for n in ("cp1252", *names) if n in names), "latin-1").replace("_", "-")
 
 def _looks_like_utf8(head, complete):
     "Whether at least half of the lines beyond ASCII are UTF-8; a few bad ones are rejected one by one"
@@ -68,7 +68,7 @@ def choose_encoding(
         return codecs.lookup(encoding).name
     except (LookupError, ValueError): raise ValueError(f"encoding={encoding!r} is no encoding of text that Python knows, such as utf-8, latin-1, cp1252, shift-jis.") from None
 
-# %% ../nbs/00_formats.ipynb #d3f21ee0
+# %% ../nbs/00_formats.ipynb #8d487211
 SEPARATORS = {"\t": "tabs", ";": "semicolons", ",": "commas", "|": "vertical bars"}
 
 def _records(text, separator, n=20):
@@ -98,7 +98,7 @@ def _format_of(path, head, text):
     if re.match(r"\s*\[\s*(\{|\]|$)", text.lstrip("\ufeff")): return "array"
     return "jsonl" if _is_json_lines(path, text) else "csv"
 
-# %% ../nbs/00_formats.ipynb #9e77c3f4
+# %% ../nbs/00_formats.ipynb #8b26da41
 TITLE_NAMES = ("title", "name", "product name", "product title", "item name", "item title", "post title")
 CONTENT_NAMES = ("content", "description", "body html", "body", "product description", "about product", "item description", "long description", "post content")
 
@@ -138,7 +138,7 @@ def _refuse_other_layouts(path, columns):
         raise ValueError(f"{path} holds instruction pairs ({', '.join(c for c in ('instruction', 'input', 'output') if c in columns)}). If one field is the title and "
             "another its description, name them: for instance title_field=\"input\", content_field=\"output\".")
 
-# %% ../nbs/00_formats.ipynb #6e3cc2c4
+# %% ../nbs/00_formats.ipynb #35ae8bec
 class Source(NamedTuple):
     "How a catalogue's file is to be read"
     path:Path # the file
@@ -157,7 +157,7 @@ class Source(NamedTuple):
         how = f"{kind}{f' ({packed})' if packed else ''}{f' in {self.encoding}' if self.encoding != 'utf-8' else ''}"
         return f"{self.path.name}: {how}, title from {self.fields[0]!r}, content from {self.fields[1]!r}"
 
-# %% ../nbs/00_formats.ipynb #f6fd46f6
+# %% ../nbs/00_formats.ipynb #a5daae19
 def _first_objects(path, text, complete, n=100):
     "The first objects of JSON Lines; ValueError if none of the first lines is one"
     lines = text.encode().split(b"\n")[:None if complete else -1]
@@ -183,7 +183,7 @@ def _advice(path, text):
     way = f".{listed[1]}[]" if listed and listed[1].isidentifier() else "."
     return f"If it holds objects over several lines, write each on one line: jq -c '{way}' {Path(path).name} > rows.jsonl"
 
-# %% ../nbs/00_formats.ipynb #947bd302
+# %% ../nbs/00_formats.ipynb #0356d757
 def _filled(records):
     "The columns of some dicts, and those that hold something"
     columns = list(dict.fromkeys(k for r in records for k in r))
@@ -228,7 +228,7 @@ def inspect_file(
     if not objects: return Source(Path(path), kind, encoding, FIELDS)
     return Source(Path(path), kind, encoding, choose_fields(path, *_filled(objects), *given))
 
-# %% ../nbs/00_formats.ipynb #2569be35
+# %% ../nbs/00_formats.ipynb #a0a4474c
 def _outside_quotes(block): return np.cumsum(np.frombuffer(block, np.uint8) == ord('"'), dtype=np.uint32) % 2 == 0
 
 def _record_ends(block):
@@ -248,7 +248,7 @@ def _field_counts(block, separator, ends):
     separators = np.cumsum((np.frombuffer(block, np.uint8) == ord(separator)) & _outside_quotes(block))
     return np.diff(separators[ends], prepend=0) + 1
 
-# %% ../nbs/00_formats.ipynb #06653539
+# %% ../nbs/00_formats.ipynb #af36b094
 def _as_rows(lines, titles, contents):
     "A table of rows; cells without a value are empty texts"
     rows = pl.DataFrame({"line": pl.Series(lines, dtype=pl.UInt32), "uid": pl.Series([None]*len(lines), dtype=pl.String), "title": titles, "content": contents}, schema=ROWS)
@@ -267,7 +267,7 @@ def _parse_csv_fast(block, first, source):
     title, content = (table[str(source.columns.index(f))] for f in source.fields)
     return _as_rows(starts, title, content)
 
-# %% ../nbs/00_formats.ipynb #6ee2e2af
+# %% ../nbs/00_formats.ipynb #5ca0261a
 def _csv_reason(fields, source):
     "Why the fields of a record are no row; "" if they are one"
     if len(fields) not in (0, len(source.columns)): return f"{len(fields)} fields, but the header has {len(source.columns)}"
@@ -297,7 +297,7 @@ def _csv_records(lines, source, first):
             yield first, fields, why, held[0]
             first += len(held)
 
-# %% ../nbs/00_formats.ipynb #e1c632af
+# %% ../nbs/00_formats.ipynb #e7e50a62
 def _rows_of_records(records, source):
     "Rows and rejected records; blank lines are neither"
     rows, rejected = [], []
@@ -307,7 +307,7 @@ def _rows_of_records(records, source):
         elif fields: rows.append((line, fields[title], fields[content]))
     return _as_rows(*([r[i] for r in rows] for i in range(3))), rejected
 
-# %% ../nbs/00_formats.ipynb #0f65b927
+# %% ../nbs/00_formats.ipynb #49e8db73
 def parse_csv_block(
     block:bytes, # whole records in UTF-8, without the header; the last one of a file may lack its line break
     first:int, # the line of the first
@@ -344,7 +344,7 @@ def _csv_parts(source, size):
     except DAMAGE as e: problem = f"the packed file is damaged or cut off here ({e})"
     if n or problem: yield line, partial(parse_csv_block, b"".join(held), line, source, problem), at
 
-# %% ../nbs/00_formats.ipynb #1979b248
+# %% ../nbs/00_formats.ipynb #d52cd872
 def _lines_of(block, pieces):
     "The lines of a block and of the pieces after it"
     rest = block
@@ -364,7 +364,7 @@ def _irregular_parts(source, block, pieces, first, n=20_000):
         problem = f"the packed file is damaged or cut off after this line ({e})"
         yield line, lambda: (_as_rows([], [], []), [rejection(line, problem, b"")]), at
 
-# %% ../nbs/00_formats.ipynb #d709d8d9
+# %% ../nbs/00_formats.ipynb #e259814a
 class _Buffer:
     "The text of a file, of which only what is not yet decoded is held"
     def __init__(self, path, encoding):
@@ -388,7 +388,7 @@ class _Buffer:
             if until < len(self.text): return self.text[until]
             if not self.fill(): return ""
 
-# %% ../nbs/00_formats.ipynb #c5acfbd6
+# %% ../nbs/00_formats.ipynb #c20bd230
 _LONGEST_ITEM = 1 << 27 # characters
 
 def _decode_item(buffer, decoder):
@@ -419,7 +419,7 @@ def _array_items(path, encoding, fields=FIELDS):
     if mark != "]": yield buffer.line, None, "", buffer.at
     elif buffer.skip(buffer.start + 1): raise ValueError(f"{path}, line {buffer.line}: something follows the array's end. Write one array, or JSON Lines.")
 
-# %% ../nbs/00_formats.ipynb #32f0196e
+# %% ../nbs/00_formats.ipynb #fc2578ee
 def _rows_of_items(items, fields):
     "Rows and rejected items"
     rows, rejected = [], []
@@ -440,7 +440,7 @@ def _array_parts(source, n=20_000):
     except DAMAGE as e: problem = f"the packed file is damaged or cut off after this line ({e})"
     if problem: yield line, lambda: (pl.DataFrame(schema=ROWS), [rejection(line, problem, b"")]), at
 
-# %% ../nbs/00_formats.ipynb #3f6b254d
+# %% ../nbs/00_formats.ipynb #a73bec9a
 def _parquet_file(path):
     "An open Parquet file; a packed one is unpacked into a temporary file"
     import pyarrow as pa, pyarrow.parquet as pq
@@ -467,7 +467,7 @@ def _parquet_columns(path):
     rows = pl.from_arrow(first).to_dicts() if first is not None and texts else []
     return schema.names, {k for r in rows for k, v in r.items() if v}
 
-# %% ../nbs/00_formats.ipynb #98780997
+# %% ../nbs/00_formats.ipynb #b34626be
 def _rows_of_batch(batch, first, fields):
     "The rows of some Parquet rows"
     table = pl.from_arrow(batch)
@@ -483,7 +483,7 @@ def _parquet_parts(source, n=20_000):
         yield first, partial(_rows_of_batch, batch, first, source.fields), size*(first + len(batch))//(file.metadata.num_rows + 1)
         first += len(batch)
 
-# %% ../nbs/00_formats.ipynb #bb85116e
+# %% ../nbs/00_formats.ipynb #49b76fb0
 def read_parts(
     source:Source, # from `inspect_file`
     size:int=1<<24, # bytes of a part, unpacked

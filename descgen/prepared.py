@@ -6,7 +6,7 @@
 __all__ = ['REASONS', 'prepare', 'Data', 'load_data']
 
 # %% ../nbs/00c_prepared.ipynb #958ca57f
-import hashlib, importlib.util, json, os, shutil
+import hashlib, importlib.util, json, math, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np, polars as pl, xxhash
 from filelock import FileLock, Timeout
 
-from .clean import STEPS, clean
+from .clean import DEFAULT_STEPS, STEPS, clean, count_sentences
 from .data import FIELDS, ROWS, refuse_line
 from .files import as_jsonl, cache_folder, write_text
 from .formats import inspect_file, read_parts
@@ -45,11 +45,11 @@ def _examples(rows, n=10):
     draw = mix(rows["line"].to_numpy(), 0)
     return [(int(draw[i]), row) for i in np.argsort(draw)[:n] for row in rows[int(i)].select("line", "title", "content").to_dicts()]
 
-def _prepare_part(parse, steps, part, strict, path):
+def _prepare_part(parse, steps, sentences, part, strict, path):
     "Parse, clean and write one part; its index, its rejected lines, and some rows as they stood"
     rows, rejected = parse()
     if rejected and strict: refuse_line(path, rejected[0])
-    cleaned, changed = clean(rows, steps)
+    cleaned, changed = clean(rows, steps, sentences)
     index = _index(cleaned, changed)
     cleaned.filter((pl.col("title") != "") & (pl.col("content") != "")).write_ipc(part)
     return index, rejected, _examples(rows)
@@ -63,10 +63,21 @@ def _in_order(pool, function, items, ahead):
         if len(waiting) > ahead: yield waiting.pop(0).result()
     for w in waiting: yield w.result()
 
+def _repeated_sentences(source, steps, share=0.01, least=5):
+    "The sentences that the step `repeated_sentences` removes: those in so many of the different contents; none without this step"
+    if "repeated_sentences" not in steps: return []
+    counts, n = [], 0
+    for parse in read_parts(source):
+        contents = clean(parse()[0], [s for s in steps if s != "repeated_sentences"])[0]["content"].unique()
+        counts.append(count_sentences(contents))
+        n += len(contents)
+    found = pl.concat([pl.DataFrame(schema={"sentence": pl.String, "texts": pl.UInt32}), *counts]).group_by("sentence").agg(pl.col("texts").sum())
+    return found.filter(pl.col("texts") >= max(least, share*n)).sort(["texts", "sentence"], descending=[True, False])["sentence"].to_list()
+
 def _prepare(source, folder, steps, strict):
     "Write index, rows, rejected lines and examples of a file into a folder"
-    cores = os.cpu_count() or 1
-    jobs = ((parse, steps, folder/f"rows-{n:05d}.arrow", strict, source.path) for n, parse in enumerate(read_parts(source)))
+    cores, sentences = os.cpu_count() or 1, _repeated_sentences(source, steps)
+    jobs = ((parse, steps, sentences, folder/f"rows-{n:05d}.arrow", strict, source.path) for n, parse in enumerate(read_parts(source)))
     indexes, examples, n_rejected = [], [], 0
     with ThreadPoolExecutor(cores) as pool, open(folder/"set_aside.jsonl", "w", encoding="utf-8") as out:
         for index, rejected, some in _in_order(pool, _prepare_part, jobs, cores):
@@ -75,7 +86,7 @@ def _prepare(source, folder, steps, strict):
             examples = sorted(examples + some, key=lambda e: e[0])[:10]
             out.write(as_jsonl(rejected))
     pl.concat(indexes or [_index(pl.DataFrame(schema=ROWS), pl.Series([], dtype=pl.UInt8))]).write_ipc(folder/"index.arrow")
-    write_text(folder/"about.json", json.dumps({"set_aside": n_rejected, "steps": list(steps), "examples": [row for _, row in examples]}))
+    write_text(folder/"about.json", json.dumps({"set_aside": n_rejected, "steps": list(steps), "sentences": sentences, "examples": [row for _, row in examples]}))
 
 # %% ../nbs/00c_prepared.ipynb #c010
 def _file_key(path):
@@ -99,7 +110,7 @@ def _set_name(source, steps):
 
 def prepare(
     path:str|Path, # any file that `inspect_file` knows
-    steps:list[str]=list(STEPS), # cleaning steps to take
+    steps:list[str]=DEFAULT_STEPS, # cleaning steps to take
     strict:bool=False, # raise on the first line that holds no row
     cache:str|Path|None=None, # where prepared sets are kept; None: `prepared` in the user's cache folder
     title_field:str="auto", # the title's column; "auto": the one with a known name
@@ -191,6 +202,16 @@ def _sides(index, keys, pairs, test_size, seed):
     if share and not draws.any(): draws = numbers == numbers[np.argmin(mix(numbers, seed))]
     return choose_sides(draws, list(keys.values()), list(pairs.values()))
 
+def _test_remark(n_train, n_test, usable, test_size):
+    "Why there is no test set, or that it is too small to judge a run; \"\" if it is large enough"
+    n, enough = n_train + n_test, 10
+    needed = min(0.5, math.ceil(130*enough/max(n, 1))/100) # a third more than needed: which rows are drawn is left to chance
+    advice = f"test_size={needed} gives about {round(needed*n)}." if needed*n >= enough else f"At least {2*enough} rows, with test_size=0.5, would be."
+    if n_test >= enough or test_size == 0: return "" if test_size else "No test rows: test_size=0."
+    if n_test: return f"Only {n_test} test rows, too few to judge a run: at least {enough} are needed. {advice}"
+    if usable <= 20: return f"No test rows: of {usable} usable rows none is held out; a test set takes more than 20."
+    return "No test rows: each row drawn for the test repeats the title or content of a training row, nearly or exactly. Another seed or a larger test_size may draw others."
+
 def _divide(index, pairs, test_size, duplicates, duplicates_by, seed, lost):
     "Row numbers for training and for the test, each in the seeded order; what goes is counted"
     keys = {k: index[f"{k}_key"].to_numpy() for k in WIDTH}
@@ -214,6 +235,8 @@ class Data(NamedTuple):
     repeated:list[dict] # the contents that the usable rows repeat most: `times`, `content`
     set_aside:Path # a JSON Lines file of the lines that are no rows: `line`, `reason`, `text`
     file_key:str # a hash of the file's bytes, by XXH3
+    sentences:list[str] # those that the cleaning step `repeated_sentences` removed
+    remark:str # why there is no test set or that it is too small; "" if it is large enough
 
 # %% ../nbs/00c_prepared.ipynb #c026
 def load_data(
@@ -221,7 +244,7 @@ def load_data(
     test_size:float=0.05, # share of the rows kept for the test
     seed:int=42, # of the sample, the split and the order
     strict:bool=False, # raise on a line that is no row
-    clean_steps:list[str]=list(STEPS), # cleaning steps to take
+    clean_steps:list[str]=DEFAULT_STEPS, # cleaning steps to take
     max_rows:int=-1, # rows to draw from the whole file; -1 takes all
     min_chars:int=20, # shortest content
     max_chars:int=20_000, # longest content
@@ -245,15 +268,17 @@ def load_data(
     table = _texts(folder)
     pairs = _near(folder, table, index["row"].to_numpy(), near_threshold) if duplicates == "near" else {}
     train, test = _divide(index, pairs, test_size, duplicates, duplicates_by, seed, lost)
-    return _as_data(folder, about, table, train, test, lost, _repeated(index, table))
+    remark = _test_remark(len(train), len(test), index.height, test_size)
+    if remark and test_size: print(remark)
+    return _as_data(folder, about, table, train, test, lost, _repeated(index, table), remark)
 
 # %% ../nbs/00c_prepared.ipynb #c027
 def _complain(path, folder, funnel):
     "The error that says why there is nothing to train on"
     with open(folder/"set_aside.jsonl", encoding="utf-8") as f: first = f.readline()
-    why = f" First line set aside: line {json.loads(first)['line']}, {json.loads(first)['reason']}." if first else ""
+    why = f" First rejected line: {json.loads(first)['line']}, {json.loads(first)['reason']}." if first else ""
     counts = ", ".join(f"{k}: {v:,}" for k, v in funnel.items() if v or k == "lines read")
-    raise ValueError(f"{path}: no row to train on ({counts}).{why} Each line must be an object with a `title` and a `content`.")
+    raise ValueError(f"{path}: no row to train on ({counts}).{why} A row needs a title and a content.")
 
 def _repeated(index, table, n=5):
     "The contents that stand in most rows, with how many"
@@ -261,7 +286,7 @@ def _repeated(index, table, n=5):
     top = counts.sort(["times", "row"], descending=[True, False]).head(n)
     return [{"times": t, "content": table["content"][row].as_py()} for t, row in top.select("times", "row").iter_rows()]
 
-def _as_data(folder, about, table, train, test, lost, repeated):
+def _as_data(folder, about, table, train, test, lost, repeated, remark):
     "What `load_data` returns"
     from datasets import Dataset
     changed, n = pl.read_ipc(folder/"index.arrow", columns=["changed"]).to_series(), about["set_aside"]
@@ -269,4 +294,4 @@ def _as_data(folder, about, table, train, test, lost, repeated):
     parts = [rows.select(part, new_fingerprint=xxhash.xxh3_64_hexdigest(part.tobytes())) for part in (train, test)]
     return Data(*parts, {"lines read": len(changed) + n, "set aside": n, **lost, "for training": len(train), "for the test": len(test)},
         {name: int((changed & (1 << bit) > 0).sum()) for bit, name in enumerate(STEPS) if name in about["steps"]},
-        about["examples"], repeated, folder/"set_aside.jsonl", folder.name.split("-")[0])
+        about["examples"], repeated, folder/"set_aside.jsonl", folder.name.split("-")[0], about["sentences"], remark)
