@@ -10,8 +10,9 @@ from collections import Counter
 
 import numpy as np, polars as pl
 
-from .clean import clean
+from .clean import clean, count_sentences
 from .formatting import encode_rows
+from .split import find_variants
 
 # %% ../nbs/02a_report.ipynb #c005
 _SHARES = (0, .05, .25, .5, .75, .95, 1)
@@ -22,16 +23,32 @@ def _spread(numbers):
     return {"quantiles": {f"{s:.0%}": int(q) for s, q in zip(_SHARES, at)}, "lengths": sorted(map(int, numbers))}
 
 def _languages(texts):
-    "How many of the texts are in which language, as py3langid guesses it"
-    from py3langid import classify
-    return dict(Counter(classify(t)[0] for t in texts).most_common())
+    "How many of the texts are in which language; \"unclear\" where no language is likelier than all others, or too few rows are in it"
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    found = Counter(name if likely > 0.5 else "unclear" for name, likely in map(identifier.classify, texts))
+    rare = [name for name, n in found.items() if name != "unclear" and n < 0.02*len(texts)]
+    found["unclear"] += sum(found.pop(name) for name in rare)
+    return {name: n for name, n in found.most_common() if n}
+
+def _variants(contents):
+    "How many groups of contents differ in one word, how many rows they have, and in what"
+    groups = find_variants(contents)
+    numbers = groups["words"].list.eval(pl.element().str.contains(r"\d")).list.all()
+    words = groups.filter(~numbers)["words"].explode(empty_as_null=False).value_counts(sort=True) if groups.height else pl.DataFrame({"words": []})
+    return {"groups": groups.height, "rows": groups["rows"].explode(empty_as_null=False).n_unique(), "in a number": int(numbers.sum()), "words": words["words"].to_list()[:10]}
+
+def _repeated_sentences(contents, n=10):
+    "The sentences that stand in at least 1 % of the contents, and in five at least"
+    found = count_sentences(contents).filter(pl.col("texts") >= max(5, 0.01*len(contents))).sort(["texts", "sentence"], descending=[True, False])
+    return [{"share": round(times/len(contents), 4), "rows": times, "sentence": sentence} for sentence, times in found.head(n).rows()]
 
 def before_and_after(
     data, # from `load_data`
 )->list[dict]: # `line`, `title`, `content`, `clean_title`, `clean_content`
     "The ten drawn rows, as they stand in the file and clean"
     rows = pl.DataFrame(data.examples, schema={"line": pl.UInt32, "title": pl.String, "content": pl.String})
-    done = clean(rows, list(data.changed))[0]
+    done = clean(rows, list(data.changed), data.sentences)[0]
     return [{**before, "clean_title": t, "clean_content": c} for before, t, c in zip(data.examples, done["title"], done["content"])]
 
 # %% ../nbs/02a_report.ipynb #c006
@@ -46,11 +63,13 @@ def report(
     rows = data.train.select(range(min(sample, len(data.train)))).to_list()
     examples, aside = encode_rows(rows, tokenizer, parts, max_length)
     if not examples: raise ValueError(f"No row fits into max_length={max_length} tokens. Set it higher; 512 holds most descriptions.")
-    return {"funnel": data.funnel, "changed by cleaning": data.changed, "rows measured": len(rows),
+    contents = pl.Series(data.train.select(range(min(20_000, len(data.train))))["content"][:], dtype=pl.String)
+    return {"funnel": data.funnel, "remark": data.remark, "changed by cleaning": data.changed, "rows measured": len(rows),
         "title in characters": _spread([len(r["title"]) for r in rows]), "content in characters": _spread([len(r["content"]) for r in rows]),
         "example in tokens": _spread([len(e["input_ids"]) + e["n_cut"] for e in examples]), "max_length": max_length,
         "share cut at max_length": round(sum(e["n_cut"] > 0 for e in examples)/len(examples), 4), "titles too long": len(aside),
-        "languages": _languages([r["content"] for r in rows[:200]]), "repeated most": data.repeated, "before and after": before_and_after(data)}
+        "languages": _languages([r["content"] for r in rows[:200]]), "repeated most": data.repeated,
+        "repeated sentences": _repeated_sentences(contents), "variants": _variants(contents), "before and after": before_and_after(data)}
 
 # %% ../nbs/02a_report.ipynb #c011
 def _histogram(ax, lengths, label, mark=None):
@@ -90,6 +109,19 @@ def _pair(e):
     same = e["title"].strip() == e["clean_title"] and e["content"].strip() == e["clean_content"]
     return f"  line {e['line']}\n    {before}\n    {'(unchanged)' if same else after}"
 
+def _variants_text(found):
+    "What the variants are, in words"
+    if not found["groups"]: return "Variants: none"
+    others = found["groups"] - found["in a number"]
+    said = [f"{found['in a number']:,} in a number"]*bool(found["in a number"]) + [f"{others:,} in a word, such as {', '.join(map(_line, found['words'][:5]))}"]*bool(others)
+    return f"Variants: {found['groups']:,} groups, {found['rows']:,} rows in all, differ in one word only: {'; '.join(said)}"
+
+def _sentences_text(found):
+    "The repeated sentences, a line each"
+    if not found: return ""
+    lines = "\n".join(f"{r['share']:>11.1%}  {_line(r['sentence'])}" for r in found)
+    return f"Sentences in many contents (the cleaning step repeated_sentences removes them)\n{lines}\n\n"
+
 # %% ../nbs/02a_report.ipynb #85f6deca
 def report_text(
     report:dict, # from `report`
@@ -98,8 +130,9 @@ def report_text(
     spreads = "\n".join(f"  {k:24}" + " ".join(f"{q:>9,}" for q in report[k]["quantiles"].values())
                         for k in ("title in characters", "content in characters", "example in tokens"))
     pairs = "\n".join(_pair(e) for e in report["before and after"])
-    return (f"{_table(report['funnel'])}\n\nRows changed by cleaning\n{_table(report['changed by cleaning'])}\n\n"
+    remark = f"\n\n{report['remark']}" if report["remark"] else ""
+    return (f"{_table(report['funnel'])}{remark}\n\nRows changed by cleaning\n{_table(report['changed by cleaning'])}\n\n"
         f"Lengths of {report['rows measured']:,} rows\n  {'':24}{' '.join(f'{s:.0%}'.rjust(9) for s in _SHARES)}\n{spreads}\n"
         f"  {report['share cut at max_length']:.1%} would be cut at max_length={report['max_length']}; {report['titles too long']} titles leave no room for a content\n\n"
-        f"Languages: {', '.join(f'{k} {v}' for k, v in report['languages'].items())}\n\n"
+        f"Languages: {', '.join(f'{k} {v}' for k, v in report['languages'].items())}\n{_variants_text(report['variants'])}\n\n{_sentences_text(report['repeated sentences'])}"
         "Repeated most\n" + "\n".join(f"{r['times']:>12,}  {_line(r['content'])}" for r in report["repeated most"]) + f"\n\nBefore and after cleaning\n{pairs}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'text_key', 'shingles', 'mix', 'bands', 'similarity', 'near_pairs', 'title_number', 'drawn', 'choose_sides',
-           'keep_one', 'audit']
+           'keep_one', 'find_variants', 'audit']
 
 # %% ../nbs/00b_split.ipynb #c003
 import numpy as np, polars as pl, xxhash
@@ -202,6 +202,23 @@ def keep_one(
     for i in sorted((i for i in near if kept[i]), key=rank.__getitem__):
         if any(kept[j] and rank[j] < rank[i] for j in near[i]): kept[i] = False
     return kept
+
+# %% ../nbs/00b_split.ipynb #383d54a2
+_WORD = rf"{_NO_SPACES}|\p{{N}}+(?:[.,]\p{{N}}+)*|[\p{{L}}\p{{M}}\p{{N}}]+"
+
+def find_variants(
+    texts:pl.Series, # clean strings
+)->pl.DataFrame: # a line for each group: `rows` (numbers of its texts) and `words` (in which they differ)
+    "Groups of texts that differ in one word, wherever it stands in them"
+    each = texts.str.to_lowercase().str.extract_all(_WORD).to_frame("word").with_row_index("row").explode("word", empty_as_null=False)
+    each = each.with_columns(place=pl.int_range(pl.len()).over("row"))
+    def number(expression):
+        "A hash of 48 bits, so that sums of thousands fit into 64"
+        return (expression.hash(3)//65536).cast(pl.Int64)
+    each = each.with_columns(here=number(pl.struct("place", "word")), masked=number(pl.col("place")))
+    key = pl.col("here").sum().over("row") + (pl.col("masked") - pl.col("here")).sum().over("row", "word")
+    groups = each.with_columns(key=key).unique(["row", "word"]).group_by("key").agg(rows=pl.col("row").sort(), words=pl.col("word").unique().sort())
+    return groups.filter(pl.col("words").list.len() > 1).select("rows", "words").sort("rows")
 
 # %% ../nbs/00b_split.ipynb #c038
 def audit(
