@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BASE', 'TUNED', 'GREEDY', 'NEAREST', 'MEASURES', 'nearest', 'most_typical', 'overlap', 'shape', 'distinct',
            'loss_columns', 'value', 'resamples', 'compare', 'rows_to_see', 'write_all', 'baselines', 'similarity',
-           'columns_of', 'scores', 'evaluate']
+           'columns_of', 'scores', 'evaluate', 'estimate_evaluation']
 
 # %% ../nbs/05_evaluation.ipynb #6c2030f1
-import math, re, sys
+import math, re, sys, time
 from functools import lru_cache
 
 import numpy as np
@@ -288,3 +288,38 @@ def _by_subset(columns, leaked, seed):
     "Scores of all rows, and apart where there are both kinds"
     which = {"all": [True]*len(leaked)} | ({"clean": [not x for x in leaked], "leaked": leaked} if any(leaked) and not all(leaked) else {})
     return {name: scores({n: {m: c[np.array(rows)] for m, c in found.items()} for n, found in columns.items()}, seed) for name, rows in which.items()}
+
+# %% ../nbs/05_evaluation.ipynb #0fe9ebbe
+def _seconds(function, *args, **kw):
+    "How long a call takes"
+    start = time.perf_counter()
+    function(*args, **kw)
+    return time.perf_counter() - start
+
+def _seconds_to_write(model, tokenizer, prompts, tokens):
+    "How long it takes to complete some prompts with so many tokens each, from a few tokens"
+    from descgen.inference import complete
+    few, many = 2, 10
+    complete(model, tokenizer, prompts, False, max_new_tokens=few, batch_size=len(prompts), progress=False) # warms caches up
+    short, long = (_seconds(complete, model, tokenizer, prompts, False, max_new_tokens=n, batch_size=len(prompts), progress=False) for n in (few, many))
+    return short + max(long - short, 0)/(many - few)*(tokens - few)
+
+def estimate_evaluation(
+    model, # with its adapter
+    tokenizer, # of the model
+    parts, # the template's, as in training
+    rows:list[dict], # the test rows
+    recipe, # resolved
+    steps:int, # optimizer steps, during which test losses are measured
+)->float: # minutes
+    "How long test losses and texts will take, before, during and after the training"
+    from descgen.formatting import encode_rows, prompt_ids
+    from descgen.train import completion_loss
+    examples = encode_rows(rows[:16], tokenizer, parts, recipe.max_length, "completion")[0]
+    if not examples: return 0.0
+    a_loss = _seconds(completion_loss, model, examples, recipe)/len(examples)*len(rows)
+    prompts = [prompt_ids(r["title"], tokenizer, parts) for r in rows[:100]]
+    a_text = _seconds_to_write(model, tokenizer, prompts, recipe.max_new_tokens)
+    losses = 5 + steps//recipe.eval_steps # before, after, twice in the evaluation, and at the last step
+    texts = 4*len(rows)/len(prompts) + (2 if recipe.n_titles else 0.5) # the titles shown before and after are fewer, and one more follows
+    return (losses*a_loss + texts*a_text)/60

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -139,13 +140,24 @@ def encode_row(
 
 # %% ../nbs/01_formatting.ipynb #c062
 class _Html(str):
-    "Text that a notebook shows as HTML"
+    "Text that a notebook shows as HTML, and a terminal as plain text"
+    def __new__(cls, page, plain):
+        self = super().__new__(cls, page)
+        self.plain = plain
+        return self
     def _repr_html_(self): return str(self)
+    def __repr__(self): return self.plain
+
+def _spans(example, tokenizer):
+    "The example as plain text, a line for each span that is learnt or only read"
+    learnt = [label != IGNORE for label in example["labels"]]
+    spans = [(which, [i for i, _ in span]) for which, span in groupby(zip(example["input_ids"], learnt), key=lambda pair: pair[1])]
+    return "\n".join(f"{'learnt' if which else 'only read'}, {len(ids)} tokens: {tokenizer.decode(ids, clean_up_tokenization_spaces=False)!r}" for which, ids in spans)
 
 def show_labels(
     example:dict, # from `encode_row`
     tokenizer, # of the model
-)->str: # HTML, shown by the notebook; every token is escaped
+)->str: # HTML, shown by the notebook; every token is escaped; its `repr` is plain text
     "An example token by token: marked where it is learnt, plain where it is only read"
     def box(i, label):
         "One token as a box, coloured where it is learnt"
@@ -153,7 +165,7 @@ def show_labels(
         return f"<mark>{text}</mark>" if label != IGNORE else f"<code>{text}</code>"
     boxes = " ".join(box(i, label) for i, label in zip(example["input_ids"], example["labels"]))
     learnt = sum(label != IGNORE for label in example["labels"])
-    return _Html(f"<p class='tex2jax_ignore mathjax_ignore'>{boxes}</p><p><mark>learnt</mark> {learnt} tokens, <code>only read</code> {len(example['labels']) - learnt}</p>")
+    return _Html(f"<p class='tex2jax_ignore mathjax_ignore'>{boxes}</p><p><mark>learnt</mark> {learnt} tokens, <code>only read</code> {len(example['labels']) - learnt}</p>", _spans(example, tokenizer))
 
 # %% ../nbs/01_formatting.ipynb #c066
 def encode_rows(

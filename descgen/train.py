@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Number', 'Count', 'Text', 'Place', 'Recipe', 'read_defaults', 'check_recipe', 'read_recipe', 'resolve',
            'compute_dtype', 'collate', 'row_losses', 'completion_loss', 'effective_batch', 'count_packs',
-           'estimate_memory', 'free_memory', 'peak_memory', 'probe_speed', 'plan', 'repeats', 'claim_output',
-           'claim_base', 'save_adapter', 'skipped_steps', 'training_arguments', 'train', 'loss_points', 'plot_losses']
+           'estimate_memory', 'free_memory', 'peak_memory', 'probe_speed', 'plan', 'duration_text', 'plan_remarks',
+           'repeats', 'claim_output', 'claim_base', 'save_adapter', 'skipped_steps', 'training_arguments', 'train',
+           'loss_points', 'plot_losses']
 
 # %% ../nbs/03_train.ipynb #33286510
 import ast, difflib, json, math, os, re, shutil, sys, time
@@ -20,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from .clean import STEPS
 from .data import find_data
+from .formats import inspect_file
 from .files import flush_to_disk, is_whole, read_record, save_record, seal, sha256_file, short_path, write_record, write_text
 from . import __version__
 from .formatting import IGNORE, INSTRUCTION, Packs
@@ -69,6 +71,9 @@ class Recipe(BaseModel):
     target_modules: Annotated[list[str], Field(min_length=1), AfterValidator(_targets)]
     gradient_checkpointing: bool
     data_path: Place
+    title_field: Text
+    content_field: Text
+    encoding: Text
     strict: bool
     max_rows: Annotated[int, AfterValidator(_rows)]
     clean_steps: Annotated[list[str], AfterValidator(_steps_known)]
@@ -195,11 +200,13 @@ def resolve(
 )->Recipe: # the same with every "auto" settled for this machine
     "Settle what the machine decides; ValueError where it cannot do what was asked, FileNotFoundError where there is no data or no adapter to begin with"
     check_gpu()
-    found, optim = str(find_data(recipe.data_path)), _choose_optim(recipe.optim)
+    source = inspect_file(find_data(recipe.data_path), recipe.title_field, recipe.content_field, recipe.encoding)
+    optim = _choose_optim(recipe.optim)
     bf16, fp16 = _choose_precision(recipe.bf16, recipe.fp16)
     _check_trackers(recipe.report_to)
     if recipe.adapter_path: read_adapter_config(recipe.adapter_path)
-    return recipe.model_copy(update={"data_path": found, "model_id": choose_model(recipe.model_id),
+    columns = {"title_field": source.fields[0], "content_field": source.fields[1], "encoding": source.encoding}
+    return recipe.model_copy(update={"data_path": str(source.path), **columns, "model_id": choose_model(recipe.model_id),
         "load_in_4bit": choose_4bit(recipe.load_in_4bit), "optim": optim, "bf16": bf16, "fp16": fp16})
 
 def compute_dtype(
@@ -400,8 +407,32 @@ def plan(
     speed = probe_speed(model, max(first, key=lambda p: len(p["input_ids"])), recipe)
     return {"rows for training": len(packs.rows), "effective batch (packs)": effective_batch(recipe), "steps": math.ceil(total/effective_batch(recipe)),
             "packs to train on": total, "rows to train on": round(rows), "epochs": round(rows/len(packs.rows), 2), "tokens to train on": round(tokens),
-            "tokens a second (measured on one pack)": round(speed), "minutes (estimate)": round(tokens/speed/60, 1),
+            "tokens per second (measured on one pack)": round(speed), "minutes of training (estimate)": round(tokens/speed/60, 1),
             "memory in GB (estimate)": round(estimate_memory(model.config, recipe), 1)}
+
+# %% ../nbs/03_train.ipynb #23d97457
+def duration_text(
+    minutes:float, # how long something takes
+)->str: # such as "about 40 seconds" or "about 10 hours"
+    "A duration in words that need no calculation"
+    for unit, size, up_to in (("second", 1/60, 1.5), ("minute", 1, 90), ("hour", 60, 48*60)):
+        if minutes < up_to: break
+    else: unit, size = "day", 24*60
+    n = max(1, round(minutes/size))
+    return f"about {n} {unit}{'s' if n > 1 else ''}"
+
+def plan_remarks(
+    found:dict, # from `plan`
+    recipe:Recipe, # resolved
+)->list[str]: # sentences; none if the plan is an ordinary one
+    "What is likely not meant in a plan: so many epochs that the rows are memorised, or hours of training on a CPU"
+    remarks, epochs = [], found["epochs"]
+    if epochs > 10:
+        steps = max(1, round(3*found["steps"]/epochs))
+        remarks.append(f"Each row would be read {epochs:,.0f} times: the adapter memorises the {found['rows for training']:,} rows. max_steps={steps} reads each about 3 times.")
+    if not has_cuda() and found["minutes of training (estimate)"] > 60:
+        remarks.append(f"Training takes {duration_text(found['minutes of training (estimate)'])} on this CPU. `-f recipes/cpu.yaml` is the recipe for a CPU; a lower max_steps trains less; a GPU is many times as fast.")
+    return remarks
 
 # %% ../nbs/03_train.ipynb #b05da9b2
 _BESIDES = {"output_dir", "overwrite", "data_path", "strict", "eval_rows", "logging_steps", "eval_steps", "save_steps",
