@@ -138,6 +138,13 @@ def report_text(
         "Repeated most\n" + "\n".join(f"{r['times']:>12,}  {_line(r['content'])}" for r in report["repeated most"]) + f"\n\nBefore and after cleaning\n{pairs}")
 
 # %% ../nbs/02a_report.ipynb #4c5abc10
+def _plain_table(table, width=120):
+    "A table as text: in columns if they fit, else a block of lines for each row"
+    short = table.map(lambda cell: _line(str(cell), width - 2 - max(map(len, table.columns))))
+    columns = short.to_string(index=False, justify="left")
+    if len(columns.split("\n")[0]) <= width: return columns
+    return "\n\n".join("\n".join(f"{name}: {cell}" for name, cell in row.items()) for row in short.to_dict("records"))
+
 def show_table(
     table, # a pandas DataFrame of texts and numbers
 ):
@@ -147,5 +154,4 @@ def show_table(
     shown = table.style.hide().format(escape="html").set_properties(**{"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"})
     shown = shown.set_table_styles([{"selector": "th", "props": "text-align: left"}])
     with pd.option_context("styler.html.mathjax", False): page = shown.to_html() # a price in dollars is no formula
-    lines = table.map(lambda cell: _line(str(cell), 60)).to_string(index=False, justify="left")
-    display({"text/html": page, "text/plain": lines}, raw=True)
+    display({"text/html": page, "text/plain": _plain_table(table)}, raw=True)
