@@ -229,11 +229,15 @@ def inspect_file(
     return Source(Path(path), kind, encoding, choose_fields(path, *_filled(objects), *given))
 
 # %% ../nbs/00_formats.ipynb #a0a4474c
-def _outside_quotes(block): return np.cumsum(np.frombuffer(block, np.uint8) == ord('"'), dtype=np.uint32) % 2 == 0
+def _positions(block, character): return np.flatnonzero(np.frombuffer(block, np.uint8) == ord(character))
+
+def _outside_quotes(positions, quotes):
+    "Those positions that have an even number of quotes before them"
+    return positions[np.searchsorted(quotes, positions) % 2 == 0]
 
 def _record_ends(block):
     "Positions of the line breaks that end records"
-    return np.flatnonzero((np.frombuffer(block, np.uint8) == 10) & _outside_quotes(block))
+    return _outside_quotes(_positions(block, "\n"), _positions(block, '"'))
 
 def _is_regular(block, separator):
     "Whether each quote begins a field, ends one, or is one of two"
@@ -245,8 +249,8 @@ def _is_regular(block, separator):
 
 def _field_counts(block, separator, ends):
     "How many fields each record has"
-    separators = np.cumsum((np.frombuffer(block, np.uint8) == ord(separator)) & _outside_quotes(block))
-    return np.diff(separators[ends], prepend=0) + 1
+    separators = _outside_quotes(_positions(block, separator), _positions(block, '"'))
+    return np.diff(np.searchsorted(separators, ends), prepend=0) + 1
 
 # %% ../nbs/00_formats.ipynb #af36b094
 def _as_rows(lines, titles, contents):
@@ -262,7 +266,7 @@ def _parse_csv_fast(block, first, source):
     try: table = pl.read_csv(io.BytesIO(block), has_header=False, new_columns=names, schema=dict.fromkeys(names, pl.String), separator=source.separator)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException): return None
     if table.height != len(ends): return None
-    lines = np.cumsum(np.frombuffer(block, np.uint8) == 10)[ends] # up to the end of each record
+    lines = np.searchsorted(_positions(block, "\n"), ends) + 1 # up to the end of each record
     starts = first + np.concatenate([[0], lines])[:len(ends)]
     title, content = (table[str(source.columns.index(f))] for f in source.fields)
     return _as_rows(starts, title, content)
@@ -391,10 +395,16 @@ class _Buffer:
 # %% ../nbs/00_formats.ipynb #c20bd230
 _LONGEST_ITEM = 1 << 27 # characters
 
-def _decode_item(buffer, decoder):
+def _decode(text, start, fields):
+    "A JSON value and where it ends; if a key may stand in it twice, the decoder that looks for it is asked"
+    value, end = json.JSONDecoder().raw_decode(text, start)
+    twice = any(text.count(f'"{name}"', start, end) > 1 for name in fields) or text.find("\\u00", start, end) >= 0
+    return json_decoder(fields).raw_decode(text, start) if twice else (value, end)
+
+def _decode_item(buffer, fields):
     "The item at the buffer's start, and where it ends; None if the file ends before it does"
     while True:
-        try: return decoder.raw_decode(buffer.text, buffer.start)
+        try: return _decode(buffer.text, buffer.start, fields)
         except RecursionError: raise ValueError(f"{buffer.path}, line {buffer.line}: JSON nested too deeply") from None
         except json.JSONDecodeError as e:
             unfinished = e.pos >= len(buffer.text) - 12 or e.msg.startswith("Unterminated") # it may only be cut off in the buffer
@@ -405,11 +415,11 @@ def _decode_item(buffer, decoder):
 
 def _array_items(path, encoding, fields=FIELDS):
     "The items of a JSON array: the line where each begins, its value, its text, how far in the file; a value of None if the file ends too soon"
-    buffer, decoder = _Buffer(path, encoding), json_decoder(fields)
+    buffer = _Buffer(path, encoding)
     buffer.skip(0)
     mark = buffer.skip(buffer.start + 1)
     while mark and mark != "]":
-        found = _decode_item(buffer, decoder)
+        found = _decode_item(buffer, fields)
         if found is None: break
         value, end = found
         yield buffer.line, value, buffer.text[buffer.start:end][:1000], buffer.at
