@@ -350,34 +350,42 @@ def _csv_parts(source, size):
 
 # %% ../nbs/00_formats.ipynb #d52cd872
 def _lines_of(block, pieces):
-    "The lines of a block and of the pieces after it"
+    "The lines of a block and of the pieces after it; the last item is an error if a packed file ends too soon"
     rest = block
-    for piece in itertools.chain([b""], (p for p, _ in pieces)):
-        *lines, rest = (rest + piece).split(b"\n")
-        yield from (line.decode("utf-8", "surrogateescape") + "\n" for line in lines)
+    try:
+        for piece in itertools.chain([b""], (p for p, _ in pieces)):
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from (line.decode("utf-8", "surrogateescape") + "\n" for line in lines)
+    except DAMAGE as e:
+        yield e
+        return
     if rest: yield rest.decode("utf-8", "surrogateescape")
 
 def _irregular_parts(source, block, pieces, first, n=20_000):
     "The rest of a file whose quotes do not say where its records end"
-    records, line, at = _csv_records(_lines_of(block, pieces), source, first), first, source.path.stat().st_size
-    try:
-        while some := list(itertools.islice(records, n)):
-            line = some[-1][0]
-            yield line, partial(_rows_of_records, some, source), at
-    except DAMAGE as e:
-        problem = f"the packed file is damaged or cut off after this line ({e})"
-        yield line, lambda: (_as_rows([], [], []), [rejection(line, problem, b"")]), at
+    damage, at = [], source.path.stat().st_size
+    lines = (line for line in _lines_of(block, pieces) if isinstance(line, str) or damage.append(line))
+    records, line = _csv_records(lines, source, first), first
+    while some := list(itertools.islice(records, n)):
+        line = some[-1][0]
+        yield line, partial(_rows_of_records, some, source), at
+    if damage: yield line, partial(_damaged_after, line, damage[0]), at
+
+def _damaged_after(line, error):
+    "No rows, and the rejection that says where a packed file ends too soon"
+    return _as_rows([], [], []), [rejection(line, f"the packed file is damaged or cut off after this line ({error})", b"")]
 
 # %% ../nbs/00_formats.ipynb #e259814a
 class _Buffer:
     "The text of a file, of which only what is not yet decoded is held"
     def __init__(self, path, encoding):
         self.path, self.pieces, self.decoder = path, read_pieces(path, encoding), codecs.getincrementaldecoder("utf-8-sig")()
-        self.text, self.start, self.line, self.at = "", 0, 1, 0
+        self.text, self.start, self.line, self.at, self.problem = "", 0, 1, 0, "cut off at the end of the file"
 
     def fill(self):
         "Read on; False at the end of the file"
-        piece, self.at = next(self.pieces, (None, self.at))
+        try: piece, self.at = next(self.pieces, (None, self.at))
+        except DAMAGE as e: piece, self.problem = None, f"the packed file is damaged or cut off here ({e})"
         if piece is None: return False
         try: self.text, self.start = self.text[self.start:] + self.decoder.decode(piece), 0
         except UnicodeDecodeError: raise ValueError(f"{self.path}, after line {self.line}: not UTF-8. Set encoding to the one it was saved in, such as latin-1.") from None
@@ -414,7 +422,7 @@ def _decode_item(buffer, fields):
             if not buffer.fill(): return None
 
 def _array_items(path, encoding, fields=FIELDS):
-    "The items of a JSON array: the line where each begins, its value, its text, how far in the file; a value of None if the file ends too soon"
+    "The items of a JSON array: the line where each begins, its value, its text, how far in the file; the last value is a ValueError if the file ends too soon"
     buffer = _Buffer(path, encoding)
     buffer.skip(0)
     mark = buffer.skip(buffer.start + 1)
@@ -426,7 +434,7 @@ def _array_items(path, encoding, fields=FIELDS):
         mark = buffer.skip(end)
         if mark not in (",", "]", ""): raise ValueError(f"{path}, line {buffer.line}: {mark!r} stands where a comma or the array's end should. The array cannot be read beyond this line.")
         if mark == ",": mark = buffer.skip(buffer.start + 1)
-    if mark != "]": yield buffer.line, None, "", buffer.at
+    if mark != "]": yield buffer.line, ValueError(buffer.problem), "", buffer.at
     elif buffer.skip(buffer.start + 1): raise ValueError(f"{path}, line {buffer.line}: something follows the array's end. Write one array, or JSON Lines.")
 
 # %% ../nbs/00_formats.ipynb #fc2578ee
@@ -435,20 +443,17 @@ def _rows_of_items(items, fields):
     rows, rejected = [], []
     for line, value, text, _ in items:
         try:
-            if value is None: raise ValueError("cut off at the end of the file" if not text else "not an object but null")
+            if isinstance(value, ValueError): raise value
             rows.append({"line": line, **object_to_row(value, fields)})
         except ValueError as e: rejected.append(rejection(line, str(e), text.encode("utf-8", "replace")))
     return pl.DataFrame(rows, schema=ROWS), rejected
 
 def _array_parts(source, n=20_000):
     "Some items at a time"
-    items, at, problem, line = _array_items(source.path, source.encoding, source.fields), 0, "", 1
-    try:
-        while some := list(itertools.islice(items, n)):
-            line, *_, at = some[-1]
-            yield line, partial(_rows_of_items, some, source.fields), at
-    except DAMAGE as e: problem = f"the packed file is damaged or cut off after this line ({e})"
-    if problem: yield line, lambda: (pl.DataFrame(schema=ROWS), [rejection(line, problem, b"")]), at
+    items = _array_items(source.path, source.encoding, source.fields)
+    while some := list(itertools.islice(items, n)):
+        line, *_, at = some[-1]
+        yield line, partial(_rows_of_items, some, source.fields), at
 
 # %% ../nbs/00_formats.ipynb #a73bec9a
 def _parquet_file(path):

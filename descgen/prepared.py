@@ -208,8 +208,8 @@ def _test_remark(n_train, n_test, usable, test_size):
     needed = min(0.5, math.ceil(130*enough/max(n, 1))/100) # a third more than needed: which rows are drawn is left to chance
     advice = f"test_size={needed} gives about {round(needed*n)}." if needed*n >= enough else f"At least {2*enough} rows, with test_size=0.5, would be."
     if n_test >= enough or test_size == 0: return "" if test_size else "No test rows: test_size=0."
-    if n_test: return f"Only {n_test} test rows, too few to judge a run: at least {enough} are needed. {advice}"
-    if usable <= 20: return f"No test rows: of {usable} usable rows none is held out; a test set takes more than 20."
+    if n_test: return f"Only {n_test} test row{'s' if n_test > 1 else ''}, too few to judge a run: at least {enough} are needed. {advice}"
+    if usable <= 20: return f"No test rows: a test set takes more than 20 usable rows, and {usable} {'is' if usable == 1 else 'are'} usable."
     return "No test rows: each row drawn for the test repeats the title or content of a training row, nearly or exactly. Another seed or a larger test_size may draw others."
 
 def _divide(index, pairs, test_size, duplicates, duplicates_by, seed, lost):
