@@ -146,12 +146,21 @@ def rows_to_see(
 # %% ../nbs/05_evaluation.ipynb #cb872c58
 BASE, TUNED, GREEDY, NEAREST = "base model", "fine-tuned", ", greedy", "nearest title's description"
 MEASURES = { # what each is, and which way is better: 1 more, -1 less, 0 neither
-    "loss": ("nats a completion token of the catalogue's description", -1), "bits a byte": ("the same in bits, by byte of the description", -1),
-    "chrF": ("agreement with the catalogue's description in runs of letters, 0 to 100", 1), "BLEU": ("in runs of words, 0 to 100", 1),
-    "ROUGE-L": ("in the longest sequence of words, 0 to 100", 1), "length": ("words for each word of the catalogue's description", 0),
-    "repeated": ("% of runs of four words that stood before in the same text", -1), "never ended": ("% of texts that were cut off", -1), "empty": ("% of texts without a letter", -1),
-    "invented": ("% of stated numbers, sizes, models and brands that neither the title nor the nearest training rows hold", -1),
-    "copied": ("% of texts that share a run of eight words or more with a training description", -1), "similarity": ("cosine of sentence embeddings with the catalogue's description, 0 to 100", 1)}
+    "loss": ("how badly the model predicts the catalogue's description, in nats per token", -1),
+    "bits a byte": ("how badly the model predicts the catalogue's description, in bits per byte: "
+                    "comparable between models with different tokens", -1),
+    "chrF": ("how far the text agrees with the catalogue's description in runs of letters, 0 to 100", 1),
+    "BLEU": ("how far the text agrees with the catalogue's description in runs of one to four words, 0 to 100", 1),
+    "ROUGE-L": ("the longest sequence of words that the text shares with the catalogue's description, 0 to 100", 1),
+    "length": ("words for each word of the catalogue's description: 1 is equally long", 0),
+    "repeated": ("% of runs of four words that stood earlier in the same text", -1),
+    "never ended": ("% of texts that were cut off at max_new_tokens", -1),
+    "empty": ("% of texts that are empty", -1),
+    "invented": ("% of the stated numbers, sizes, models and brands that stand neither in the title "
+                 "nor in the nearest training rows", -1),
+    "copied": ("% of texts that repeat eight or more words in a row from a training description", -1),
+    "similarity": ("how near the text is to the catalogue's description in meaning: "
+                   "cosine of sentence embeddings times 100", 1)}
 
 # %% ../nbs/05_evaluation.ipynb #5dbff3e7
 def write_all(
