@@ -448,6 +448,8 @@ def write_report(
         notes=_notes(found), lines=comparisons(found), about_texts=_ABOUT_BASE)
 
 # %% ../nbs/05b_verdict.ipynb #f72d12f2
+_COLUMNS = ("title_field", "content_field", "encoding")
+
 def _load(path, recipe, **more):
     "A data file, read as the recipe asks"
     from descgen.prepared import load_data
@@ -462,12 +464,21 @@ def _unseen(rows, train):
     trained_on = pl.any_horizontal([pl.col(key).is_in(train[key].implode()) for key in ("title", "content")])
     return rows.select(~trained_on).to_series().arg_true().to_list()
 
-def _rows_of(recipe, read, given=None):
+def _columns(path, recipe, named):
+    "Columns and encoding of another file: those named, else those that its names tell, else those of the training file"
+    from descgen.formats import inspect_file
+    try: inspect_file(path, **named)
+    except ValueError:
+        if set(named.values()) != {"auto"}: raise
+        return {key: getattr(recipe, key) for key in named}
+    return named
+
+def _rows_of(recipe, read, given=None, named=None):
     "A run's test and training rows; of another file the rows that were not trained on, and what became of the others"
     data = _load(recipe.data_path, recipe)
     train = data.train.select(range(min(read, len(data.train))))
     if given is None: return data.test, train, None
-    other = _load(given, recipe, test_size=0.0, max_rows=-1)
+    other = _load(given, recipe, test_size=0.0, max_rows=-1, **_columns(given, recipe, named or dict.fromkeys(_COLUMNS, "auto")))
     unseen, usable = _unseen(other.train, train), len(other.train)
     if not unseen:
         raise ValueError(f"{given}: the model was trained on all of the {usable:,} rows that can be used (their title "
@@ -500,6 +511,9 @@ def evaluate_adapter(
     folder:str|Path, # of the adapter, inside its run's folder
     data:str|Path|None=None, # a file with other rows to test on; None: the run's own test rows
     rows:int|None=None, # test rows at most; None: as many as the run tested with
+    title_field:str="auto", # the title's column in `data`; "auto": by its name, or as in the training file
+    content_field:str="auto", # the content's
+    encoding:str="auto", # of `data`
 )->dict: # from `evaluate`; with `data` also `file`: how many of its rows can be used, were trained on, and were scored
     "Evaluate an adapter of a run; FileNotFoundError if a file is missing, ValueError if all of `data` was trained on"
     from descgen.evaluation import evaluate
@@ -515,7 +529,8 @@ def evaluate_adapter(
         raise FileNotFoundError(f"{folder.parent} has no manifest.json, which says what the adapter was trained on. "
                                 "Give the adapter's folder inside its run's folder.")
     recipe = resolve(check_recipe(record["given"] | {"data_path": record["data_path"]}))
-    test, train, file = _rows_of(recipe, _read(record), data)
+    named = {"title_field": title_field, "content_field": content_field, "encoding": encoding}
+    test, train, file = _rows_of(recipe, _read(record), data, named)
     test = test.select(range(min(rows or recipe.eval_rows, len(test))))
     model, tokenizer = load_adapter(folder, recipe.max_seq_length, recipe.load_in_4bit, dtype=compute_dtype(recipe))
     leaks = audit(test.with_format("polars")[:], train.with_format("polars")[:], recipe.near_threshold)["test"].to_list()
