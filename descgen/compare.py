@@ -121,14 +121,20 @@ def _side_by_side(one, other, each=4):
     gain = gained({"chrF": [b["each"][TUNED]["chrF"][j] for _, j in rows]}, {"chrF": [a["each"][TUNED]["chrF"][i] for i, _ in rows]})
     return [(why, a["titles"][rows[n][0]], a["catalogue"][rows[n][0]], a["said"][TUNED][rows[n][0]][0], b["said"][TUNED][rows[n][1]][0]) for why, n in chosen(gain, each)]
 
+def _two_names(one, other):
+    "Names of two runs' folders, with their paths if they are the same"
+    names = [Path(f).name for f in (one, other)]
+    return names if names[0] != names[1] else [f"first: {one}", f"second: {other}"]
+
 def write_comparison(
     one:str|Path, # a run's folder
     other:str|Path, # another's
     path:str|Path, # an HTML file
 )->Path: # the same path
     "Everything that two runs do not share, on one page"
-    manifests, found = {Path(f).name: read_manifest(f) for f in (one, other)}, measured(one, other)
-    names, rows = [Path(f).name for f in (one, other)], [_said(m, x, found["rows"]) for m, x in found["measures"].items()]
+    names, found = _two_names(one, other), measured(one, other)
+    manifests = {name: read_manifest(f) for name, f in zip(names, (one, other))}
+    rows = [_said(m, x, found["rows"]) for m, x in found["measures"].items()]
     better = [f"{name}: {', '.join(said)}" for name, what in zip(names, ("the first is better", "the second is better")) if (said := [r[0] for r in rows if r[4] == what])]
     words = f"Over the {found['rows']} test titles that both have, intervals at 95 %. Better of the two: {'; '.join(better) or 'neither, in any measure'}." if rows else "The two have no test titles in common that could be compared."
     tables = [("Measures", ["", *names, "second minus first", ""], rows)]*bool(rows)
