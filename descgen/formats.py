@@ -110,7 +110,8 @@ def _choose_field(path, columns, filled, given, known, parameter):
     if given != "auto":
         if given in columns: return given
         raise ValueError(f"{path}: no column named {given!r}. Columns found: {listed}. Set {parameter} to one of them.")
-    found = [c for c in columns if _plain_name(c) in known and c in filled]
+    named = [c for c in columns if _plain_name(c) in known]
+    found = [c for c in named if c in filled] or named
     exact = [c for c in found if c == known[0]]
     if len(found) == 1 or exact: return (exact or found)[0]
     said = f"{' and '.join(found)} could each be it" if found else f"none is named {', '.join(known[:3])} or the like"
