@@ -241,11 +241,13 @@ def _record_ends(block):
     return _outside_quotes(_positions(block, "\n"), _positions(block, '"'))
 
 def _is_regular(block, separator):
-    "Whether each quote begins a field, ends one, or is one of two"
+    "Whether each quote begins a field, ends one, or is one of two, and no line ends in a carriage return alone"
     data = np.frombuffer(b"\n" + block + b"\n", np.uint8)
     quotes = np.flatnonzero(data == ord('"'))
     before, after = data[quotes[0::2] - 1], data[quotes[1::2] + 1]
     allowed = [ord(separator), 10, ord('"')]
+    returns = _outside_quotes(np.flatnonzero(data == ord("\r")), quotes)
+    if (data[returns + 1] != 10).any(): return False
     return len(quotes) % 2 == 0 and bool(np.isin(before, allowed).all() and np.isin(after, [*allowed, 13]).all())
 
 def _field_counts(block, separator, ends):
