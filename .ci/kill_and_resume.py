@@ -60,7 +60,7 @@ def stop_and_resume():
     run.send_signal(signal.SIGINT)
     said, (folder,) = run.communicate()[0], tmp.glob("runs/2*")
     record = read_record(folder)
-    assert record["state"] == "failed" and any(name.startswith("checkpoint-") for name in record["cleared"]) and f"descgen resume {folder.name}" in said, said[-2000:]
+    assert record["state"] == "interrupted" and any(name.startswith("checkpoint-") for name in record["cleared"]) and f"descgen resume {folder.name}" in said, said[-2000:]
     assert record.keys() >= {"plan", "data_sha256", "model", "code"}, "the manifest of a run that did not end does not say what it was"
     said = descgen("resume", folder.name).communicate()[0]
     assert "Going on from checkpoint" in said, said[-2000:]

@@ -7,7 +7,7 @@ __all__ = ['app', 'data_app', 'Root', 'Book', 'NOTEBOOK', 'TitleField', 'Content
            'check', 'evaluate', 'run', 'resume', 'runs', 'sweep', 'diff', 'repeat']
 
 # %% ../nbs/09_cli.ipynb #ecbab937
-import json, os, shlex, sys
+import json, shlex, sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated

@@ -283,7 +283,7 @@ def find_run(
     if fits: raise ValueError(f"{len(fits)} runs begin with {name!r}: {names}. Give more of the id.")
     if place.is_dir(): raise ValueError(f"{name!r} is no run's folder: it holds no {MANIFEST}.")
     lists = "descgen runs" if Path(root) == RUNS else f"descgen runs --root {shlex.quote(str(root))}"
-    raise ValueError(f"{name!r} is no run's id in {root}, no beginning of one, and no run's folder. `{lists}` lists them.")
+    raise ValueError(f"{name!r} is no run's id in {root}, no beginning of one and no run's folder. `{lists}` lists all.")
 
 # %% ../nbs/06_runs.ipynb #f560b44a
 def run_hash(
