@@ -4,20 +4,20 @@ from pathlib import Path
 
 import nbformat
 from descgen.inference import describe, load_adapter
-from descgen.files import read_record
+from descgen.files import load_manifest
 from descgen.evaluation import BASE
-from descgen.runs import ENTRIES, edited, read_manifest
+from descgen.runs import MANIFEST_ENTRIES, changed_files, read_manifest
 from descgen.verdict import outcome, verdict
 
 folder = Path(sys.argv[1])
 outputs = [o for c in nbformat.read(folder/"notebook.ipynb", 4).cells for o in c.get("outputs", [])]
 assert outputs and not [o for o in outputs if o.output_type == "error"], "the executed notebook holds an error"
-record = read_record(folder)
+record = load_manifest(folder)
 loss = record["test_loss"]
 assert record["state"] == "finished" and loss["after"] < loss["before"], f"the test loss did not fall: {loss}"
 manifest = read_manifest(folder).keys() - {"id"}
-assert manifest == ENTRIES.keys() - {"failed", "resumed_from", "skipped_steps"}, f"the manifest is not as its table says: {manifest ^ ENTRIES.keys()}"
-assert not edited(folder) and record["model"]["files"]["model.safetensors"], "the manifest's hashes are not those of the files"
+assert manifest == MANIFEST_ENTRIES.keys() - {"failed", "resumed_from", "skipped_steps"}, f"the manifest is not as its table says: {manifest ^ MANIFEST_ENTRIES.keys()}"
+assert not changed_files(folder) and record["model"]["files"]["model.safetensors"], "the manifest's hashes are not those of the files"
 model, tokenizer = load_adapter(folder/"adapter")
 assert describe(model, tokenizer, ["Tin Whistle in D (Brass)"], sample=False, max_new_tokens=32)[0], "the adapter says nothing"
 found = json.loads((folder/"evaluation.json").read_text(encoding="utf-8"))

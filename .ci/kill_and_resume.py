@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 from descgen.model import tiny_model
-from descgen.files import read_record
+from descgen.files import load_manifest
 
 kills, seed = (int(a) for a in [*sys.argv[1:], *("8", "42")[len(sys.argv) - 1:]])
 print(f"seed {seed}", flush=True)
@@ -59,12 +59,12 @@ def stop_and_resume():
     while run.poll() is None and max(map(newest, tmp.glob("runs/2*")), default=0) < 4: time.sleep(0.01)
     run.send_signal(signal.SIGINT)
     said, (folder,) = run.communicate()[0], tmp.glob("runs/2*")
-    record = read_record(folder)
+    record = load_manifest(folder)
     assert record["state"] == "interrupted" and any(name.startswith("checkpoint-") for name in record["cleared"]) and f"descgen resume {folder.name}" in said, said[-2000:]
     assert record.keys() >= {"plan", "data_sha256", "model", "code"}, "the manifest of a run that did not end does not say what it was"
     said = descgen("resume", folder.name).communicate()[0]
     assert "Going on from checkpoint" in said, said[-2000:]
-    return read_record(folder)["adapter_sha256"], descgen("repeat", "latest").communicate()[0]
+    return load_manifest(folder)["adapter_sha256"], descgen("repeat", "latest").communicate()[0]
 
 whole, struck = tmp/"whole", tmp/"struck"
 assert start(whole).wait() == 0, (whole/"log").read_text()[-2000:]
@@ -74,7 +74,7 @@ for n in range(kills):
         weights = max(struck.glob("checkpoint-*/adapter_model.safetensors"), key=lambda p: int(p.parent.name.split("-")[1])) # the newest that was written so far
         weights.write_bytes(weights.read_bytes()[:-1] + b"!")
 assert start(struck).wait() == 0, (struck/"log").read_text()[-2000:]
-first, second = (read_record(f)["adapter_sha256"] for f in (whole, struck))
+first, second = (load_manifest(f)["adapter_sha256"] for f in (whole, struck))
 log = (struck/"log").read_text()
 assert "was set aside" not in log and "set aside as damaged-checkpoint" in log, "the damaged checkpoint was not noticed"
 assert first == second, f"the interrupted run ended with another adapter: {first} and {second}"

@@ -8,7 +8,7 @@ Each command is a process of its own; medians. The runs of the last part are sho
 import json, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
-from descgen.files import save_record
+from descgen.files import write_manifest
 from descgen.runs import read_manifest
 
 RUNS, ROUNDS, PAIRS = 1000, 5, 5
@@ -26,7 +26,7 @@ def registry(run, root):
     for i in range(RUNS):
         folder = root/f"20261125T{i:06d}Z-copy-{i:08x}"
         if i in (0, RUNS - 1): shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
-        save_record(folder, record | {"given": record["given"] | {"r": i + 1}})
+        write_manifest(folder, record | {"given": record["given"] | {"r": i + 1}})
     return [f.name for f in sorted(root.iterdir())]
 
 def commands(run, tmp):

@@ -14,7 +14,7 @@ import yaml
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
-from descgen.files import read_record
+from descgen.files import load_manifest
 
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78} # two-sided quantiles of Student's t, by degrees of freedom
 
@@ -23,18 +23,18 @@ def folder(out, name, seed): return out/f"{name.replace(' ', '-')}-{seed}"
 def run(name, seed, sweep, data, model, out):
     "One run, unless it is there; its test loss"
     here = folder(out, name, seed)
-    if read_record(here).get("state") != "finished":
+    if load_manifest(here).get("state") != "finished":
         here.mkdir(parents=True, exist_ok=True)
         (here/"p.yaml").write_text(yaml.safe_dump({**sweep["base"], **sweep["sets"][name], "seed": seed, "data_path": data, "model_id": model, "output_dir": str(here)}))
         with open(here/"log", "w") as log:
             subprocess.run([sys.executable, "-m", "papermill", "fine_tune_llama3.ipynb", str(here/"out.ipynb"), "-f", str(here/"p.yaml"), "--log-output", "--no-progress-bar"],
                 cwd=HERE.parent, stdout=log, stderr=log)
-    record = read_record(here)
+    record = load_manifest(here)
     print(f"{name} {seed}: " + (f"{record['test_loss']['after']:.4f}" if record.get("state") == "finished" else f"failed, see {here/'log'}"), flush=True)
 
 def losses(out, name, seeds):
     "Test losses of a set by seed, before and after, of the runs that are there"
-    found = {s: read_record(folder(out, name, s)).get("test_loss") for s in seeds}
+    found = {s: load_manifest(folder(out, name, s)).get("test_loss") for s in seeds}
     return {s: l for s, l in found.items() if l}
 
 def versus(mine, other):

@@ -107,7 +107,7 @@ def limit(work, base):
     "Tokens a second if the frozen matrices' products, forward and back to their inputs, were all: measured on their shapes, 2,048 tokens at once"
     import torch
     from transformers import AutoConfig
-    from descgen.train import _sizes
+    from descgen.train import parameter_counts
     c = AutoConfig.from_pretrained(base)
     h, i, kv = c.hidden_size, c.intermediate_size, c.num_key_value_heads*c.head_dim if getattr(c, "head_dim", None) else c.num_key_value_heads*h//c.num_attention_heads
     shapes = [(h, h, 2), (h, kv, 2), (h, i, 2), (i, h, 1)]
@@ -118,7 +118,7 @@ def limit(work, base):
             start = time.perf_counter(); x @ w.T; g @ w; took.append(time.perf_counter() - start)
         return statistics.median(took[2:])
     total = c.num_hidden_layers*sum(count*seconds(n, k) for n, k, count in shapes) + seconds(h, c.vocab_size, 3)
-    body, embedding, _ = _sizes(c, 1, [])
+    body, embedding, _ = parameter_counts(c, 1, [])
     return {"tokens_per_second": 2048/total, "gflops": 4*2048*(body + embedding)/total/1e9}
 
 def llamafactory(work, base):
@@ -166,11 +166,11 @@ def child(name, work, args):
 
 def prepare(data, work):
     "Rows to train on and to judge by, as the data stage divides them"
-    from descgen.files import as_jsonl
+    from descgen.files import to_jsonl
     from descgen.prepared import load_data
     found = load_data(data)
     for name, rows in (("train", found.train.select(range(BATCH*STEPS))), ("test", found.test.select(range(min(HELD_OUT, len(found.test)))))):
-        Path(f"{work}/{name}.jsonl").write_text(as_jsonl([{k: r[k] for k in ("title", "content")} for r in rows.to_list()]), encoding="utf-8")
+        Path(f"{work}/{name}.jsonl").write_text(to_jsonl([{k: r[k] for k in ("title", "content")} for r in rows.to_list()]), encoding="utf-8")
 
 def table(rounds, losses):
     "Medians, and ratios within the rounds"

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from descgen.formatting import prompt_ids, template_parts
-from descgen.inference import LIKELIEST, _dice, _draw_with, _left_padded, complete
-from descgen.layers import _ask_once
+from descgen.inference import TOP_K, _uniform_noise, _sampling_processor, _left_padded, complete
+from descgen.layers import decode_attention
 from descgen.model import EMBEDDED, TARGETS, add_lora, embedded_model, load_model
 
 ROWS, NEW, ROUNDS = 32, 64, 3 # titles, tokens of each, rounds
@@ -33,11 +33,11 @@ def interleaved(ways):
 def parts():
     "Attention of one new token a row among 150, for thirty layers; and drawing a token of 49,152"
     q, k, v = (torch.randn(ROWS, heads, n, 64).bfloat16() for heads, n in ((9, 1), (3, 150), (3, 150)))
-    mask, scores, dice = torch.arange(150).expand(ROWS, 1, 1, 150) > 20, torch.randn(ROWS, 49152), _dice(ROWS, 1, 0)
-    filters, ids = LogitsProcessorList([TemperatureLogitsWarper(0.7), TopKLogitsWarper(LIKELIEST), TopPLogitsWarper(0.9)]), torch.zeros(ROWS, 1).long()
-    draw = _draw_with(dice, 1, 0.7, 0.9)
+    mask, scores, dice = torch.arange(150).expand(ROWS, 1, 1, 150) > 20, torch.randn(ROWS, 49152), _uniform_noise(ROWS, 1, 0)
+    filters, ids = LogitsProcessorList([TemperatureLogitsWarper(0.7), TopKLogitsWarper(TOP_K), TopPLogitsWarper(0.9)]), torch.zeros(ROWS, 1).long()
+    draw = _sampling_processor(dice, 1, 0.7, 0.9)
     return interleaved({"attention, PyTorch": lambda: [F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True) for _ in range(30)],
-        "attention, descgen": lambda: [_ask_once(q, k, v, mask, 1/8) for _ in range(30)],
+        "attention, descgen": lambda: [decode_attention(q, k, v, mask, 1/8) for _ in range(30)],
         "drawing, transformers": lambda: torch.multinomial(filters(ids, scores.clone()).softmax(-1), 1), "drawing, descgen": lambda: draw(ids, scores.clone()).argmax(-1)})
 
 def plain():

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np, polars as pl
 
-from .data import DAMAGE, FIELDS, ROWS, object_to_row, json_decoder, packing_of, parse_block, parse_row, read_blocks, read_pieces, rejection, show_progress
+from .data import UNPACKING_ERRORS, DEFAULT_FIELDS, ROW_SCHEMA, object_to_row, json_decoder, packing_of, parse_block, parse_row, read_blocks, read_pieces, rejection, show_progress
 
 # %% ../nbs/00_formats.ipynb #07095f31
 _HEAD = 1 << 18 # bytes
@@ -28,7 +28,7 @@ def _head(path, encoding, size=_HEAD):
             held.append(piece)
             n += len(piece)
             if n > size: break
-    except DAMAGE: pass # the reader says where the file ends too soon
+    except UNPACKING_ERRORS: pass # the reader says where the file ends too soon
     return b"".join(held)[:size], n <= size
 
 # %% ../nbs/00_formats.ipynb #c01e15c5
@@ -102,7 +102,7 @@ def _format_of(path, head, text):
 TITLE_NAMES = ("title", "name", "product name", "product title", "item name", "item title", "post title")
 CONTENT_NAMES = ("content", "description", "body html", "body", "product description", "about product", "item description", "long description", "post content")
 
-def _plain_name(column): return re.sub(r"[\W_]+", " ", column).strip().lower()
+def _normalized_name(column): return re.sub(r"[\W_]+", " ", column).strip().lower()
 
 def _choose_field(path, columns, filled, given, known, parameter):
     "The column for a parameter; ValueError if it is not there or not clear"
@@ -110,7 +110,7 @@ def _choose_field(path, columns, filled, given, known, parameter):
     if given != "auto":
         if given in columns: return given
         raise ValueError(f"{path}: no column named {given!r}. Columns found: {listed}. Set {parameter} to one of them.")
-    named = [c for c in columns if _plain_name(c) in known]
+    named = [c for c in columns if _normalized_name(c) in known]
     found = [c for c in named if c in filled] or named
     exact = [c for c in found if c == known[0]]
     if len(found) == 1 or exact: return (exact or found)[0]
@@ -168,16 +168,16 @@ def _first_objects(path, text, complete, n=100):
         try: value = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError): value = None
         if isinstance(value, dict): found.append(value)
-        elif not why: why = _why_no_row(path, number, line)
-    if tried and not found: raise ValueError(f"{why}. No line of the first {len(tried)} is a JSON object. {_advice(path, text)}")
+        elif not why: why = _rejection_reason(path, number, line)
+    if tried and not found: raise ValueError(f"{why}. No line of the first {len(tried)} is a JSON object. {_conversion_hint(path, text)}")
     return found
 
-def _why_no_row(path, number, line):
+def _rejection_reason(path, number, line):
     "The reason that a line holds no row"
     try: parse_row(line)
     except ValueError as e: return f"{path}, line {number}: {e}"
 
-def _advice(path, text):
+def _conversion_hint(path, text):
     "How to turn a file into one that can be read"
     if not text.lstrip("\ufeff \t\r\n").startswith("{"): return "descgen reads JSON Lines, a JSON array, CSV, TSV and Parquet."
     listed = re.search(r'"([^"]+)"\s*:\s*\[\s*\{', text[:2000])
@@ -185,7 +185,7 @@ def _advice(path, text):
     return f"If it holds objects over several lines, write each on one line: jq -c '{way}' {Path(path).name} > rows.jsonl"
 
 # %% ../nbs/00_formats.ipynb #0356d757
-def _filled(records):
+def _nonempty_columns(records):
     "The columns of some dicts, and those that hold something"
     columns = list(dict.fromkeys(k for r in records for k in r))
     return columns, {k for r in records for k, v in r.items() if v not in (None, "", [])}
@@ -207,7 +207,7 @@ def _table_source(path, text, encoding, given):
 def _first_items(path, encoding, n=100):
     "The objects among the first items of an array"
     found = []
-    with contextlib.suppress(*DAMAGE): # the reader says where the file ends too soon
+    with contextlib.suppress(*UNPACKING_ERRORS): # the reader says where the file ends too soon
         for _, value, *_ in itertools.islice(_array_items(path, encoding), n):
             if isinstance(value, dict): found.append(value)
     return found
@@ -226,8 +226,8 @@ def inspect_file(
     if kind == "parquet": return Source(Path(path), kind, encoding, choose_fields(path, *_parquet_columns(path), *given))
     if kind == "csv": return _table_source(path, text, encoding, given)
     objects = _first_objects(path, text, complete) if kind == "jsonl" else _first_items(path, encoding)
-    if not objects: return Source(Path(path), kind, encoding, FIELDS)
-    return Source(Path(path), kind, encoding, choose_fields(path, *_filled(objects), *given))
+    if not objects: return Source(Path(path), kind, encoding, DEFAULT_FIELDS)
+    return Source(Path(path), kind, encoding, choose_fields(path, *_nonempty_columns(objects), *given))
 
 # %% ../nbs/00_formats.ipynb #a0a4474c
 def _positions(block, character): return np.flatnonzero(np.frombuffer(block, np.uint8) == ord(character))
@@ -258,7 +258,7 @@ def _field_counts(block, separator, ends):
 # %% ../nbs/00_formats.ipynb #af36b094
 def _as_rows(lines, titles, contents):
     "A table of rows; cells without a value are empty texts"
-    rows = pl.DataFrame({"line": pl.Series(lines, dtype=pl.UInt32), "uid": pl.Series([None]*len(lines), dtype=pl.String), "title": titles, "content": contents}, schema=ROWS)
+    rows = pl.DataFrame({"line": pl.Series(lines, dtype=pl.UInt32), "uid": pl.Series([None]*len(lines), dtype=pl.String), "title": titles, "content": contents}, schema=ROW_SCHEMA)
     return rows.with_columns(pl.col("title", "content").fill_null(""))
 
 def _parse_csv_fast(block, first, source):
@@ -348,7 +348,7 @@ def _csv_parts(source, size):
                 return
             yield line, partial(parse_csv_block, block[:cut], line, source), at
             held, n, line = [block[cut:]], n - cut, line + block[:cut].count(b"\n")
-    except DAMAGE as e: problem = f"the packed file is damaged or cut off here ({e})"
+    except UNPACKING_ERRORS as e: problem = f"the packed file is damaged or cut off here ({e})"
     if n or problem: yield line, partial(parse_csv_block, b"".join(held), line, source, problem), at
 
 # %% ../nbs/00_formats.ipynb #d52cd872
@@ -359,7 +359,7 @@ def _lines_of(block, pieces):
         for piece in itertools.chain([b""], (p for p, _ in pieces)):
             *lines, rest = (rest + piece).split(b"\n")
             yield from (line.decode("utf-8", "surrogateescape") + "\n" for line in lines)
-    except DAMAGE as e:
+    except UNPACKING_ERRORS as e:
         yield e
         return
     if rest: yield rest.decode("utf-8", "surrogateescape")
@@ -372,9 +372,9 @@ def _irregular_parts(source, block, pieces, first, n=20_000):
     while some := list(itertools.islice(records, n)):
         line = some[-1][0]
         yield line, partial(_rows_of_records, some, source), at
-    if damage: yield line, partial(_damaged_after, line, damage[0]), at
+    if damage: yield line, partial(_damage_rejection, line, damage[0]), at
 
-def _damaged_after(line, error):
+def _damage_rejection(line, error):
     "No rows, and the rejection that says where a packed file ends too soon"
     return _as_rows([], [], []), [rejection(line, f"the packed file is damaged or cut off after this line ({error})", b"")]
 
@@ -388,7 +388,7 @@ class _Buffer:
     def fill(self):
         "Read on; False at the end of the file"
         try: piece, self.at = next(self.pieces, (None, self.at))
-        except DAMAGE as e: piece, self.problem = None, f"the packed file is damaged or cut off here ({e})"
+        except UNPACKING_ERRORS as e: piece, self.problem = None, f"the packed file is damaged or cut off here ({e})"
         if piece is None: return False
         try: self.text, self.start = self.text[self.start:] + self.decoder.decode(piece), 0
         except UnicodeDecodeError: raise ValueError(f"{self.path}, after line {self.line}: not UTF-8. Set encoding to the one it was saved in, such as latin-1.") from None
@@ -424,7 +424,7 @@ def _decode_item(buffer, fields):
                 raise ValueError(f"{buffer.path}, line {line}: not JSON: {e.msg}. The array cannot be read beyond this line: correct it.") from None
             if not buffer.fill(): return None
 
-def _array_items(path, encoding, fields=FIELDS):
+def _array_items(path, encoding, fields=DEFAULT_FIELDS):
     "The items of a JSON array: the line where each begins, its value, its text, how far in the file; the last value is a ValueError if the file ends too soon"
     buffer = _Buffer(path, encoding)
     buffer.skip(0)
@@ -449,7 +449,7 @@ def _rows_of_items(items, fields):
             if isinstance(value, ValueError): raise value
             rows.append({"line": line, **object_to_row(value, fields)})
         except ValueError as e: rejected.append(rejection(line, str(e), text.encode("utf-8", "replace")))
-    return pl.DataFrame(rows, schema=ROWS), rejected
+    return pl.DataFrame(rows, schema=ROW_SCHEMA), rejected
 
 def _array_parts(source, n=20_000):
     "Some items at a time"
@@ -466,7 +466,7 @@ def _parquet_file(path):
     if packing_of(path):
         file = tempfile.TemporaryFile()
         try: file.writelines(piece for piece, _ in read_pieces(path, "bytes"))
-        except DAMAGE as e: raise ValueError(f"{path} is damaged or cut off ({e}). Copy or download it again.") from None
+        except UNPACKING_ERRORS as e: raise ValueError(f"{path} is damaged or cut off ({e}). Copy or download it again.") from None
     try: return pq.ParquetFile(file)
     except pa.ArrowInvalid as e: raise ValueError(f"{path} is no complete Parquet file ({str(e).splitlines()[0]}). Copy or download it again.") from None
 
@@ -523,4 +523,4 @@ def read_catalogue(
 )->tuple[pl.DataFrame, list[dict]]: # rows with `line`, `uid`, `title`, `content`, and rejected records with `line`, `reason`, `text`
     "All rows of a catalogue, and the records that hold none"
     parts = [parse() for parse in read_parts(inspect_file(path, title_field, content_field, encoding))]
-    return pl.concat([pl.DataFrame(schema=ROWS), *(rows for rows, _ in parts)]), [r for _, rejected in parts for r in rejected]
+    return pl.concat([pl.DataFrame(schema=ROW_SCHEMA), *(rows for rows, _ in parts)]), [r for _, rejected in parts for r in rejected]

@@ -5,7 +5,7 @@
 import unsloth # before transformers and peft
 import torch
 
-from descgen.layers import _added_once
+from descgen.layers import addmm_lora
 from measure import device, has_gpu, keep
 from precision import left_of
 
@@ -24,6 +24,6 @@ if __name__ == "__main__":
     X, W = torch.randn(rows, width, device=device()), torch.randn(out, width, device=device())*0.03
     A, B = torch.randn(16, width, device=device())*0.02, torch.randn(out, 16, device=device())*1e-5
     given = {str(t).removeprefix("torch."): (X.bfloat16().to(t), W.bfloat16().to(t), A, B) for t in (torch.bfloat16, torch.float16)}
-    found = {f"{name}, {s}": {"stock": kept_of(as_unsloth, *of, s), "added once": kept_of(_added_once, *of, s)} for name, of in given.items() for s in SCALES}
-    if has_gpu(): found |= {f"bfloat16, {s}, compiled": {"added once": kept_of(torch.compile(_added_once), *given["bfloat16"], s)} for s in (1., 2.)}
+    found = {f"{name}, {s}": {"stock": kept_of(as_unsloth, *of, s), "added once": kept_of(addmm_lora, *of, s)} for name, of in given.items() for s in SCALES}
+    if has_gpu(): found |= {f"bfloat16, {s}, compiled": {"added once": kept_of(torch.compile(addmm_lora), *given["bfloat16"], s)} for s in (1., 2.)}
     for name, shares in keep("adding", found).items(): print(f"{name:28}", *(f"{way} {share:.3f}" for way, share in shares.items()))

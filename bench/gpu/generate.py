@@ -48,7 +48,7 @@ def plain_side(args):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    from descgen.formatting import messages
+    from descgen.formatting import chat_messages
     from descgen.model import TARGETS
     source = model_folder(args.model, args.work, args.small)
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
@@ -57,7 +57,7 @@ def plain_side(args):
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     without_end(model, tokenizer)
     def write(titles, size):
-        texts = [tokenizer.apply_chat_template(messages(t), tokenize=False, add_generation_prompt=True) for t in titles]
+        texts = [tokenizer.apply_chat_template(chat_messages(t), tokenize=False, add_generation_prompt=True) for t in titles]
         batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
         with torch.no_grad(): model.generate(**batch, do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=args.new, pad_token_id=tokenizer.pad_token_id)
     with turn(): return timed(write, [r["title"] for r in read_rows(args.rows)], args.sizes, args.new)

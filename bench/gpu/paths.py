@@ -97,7 +97,7 @@ def packs_with_every_attention(work):
     if not has_gpu(): return "needs a GPU"
     import torch
     from descgen.formatting import pack_examples
-    from descgen.train import _autocast, collate
+    from descgen.train import autocast_context, collate
     found = {}
     for name, how in precisions().items():
         recipe = recipe_of(model_id=work["embedded"], load_in_4bit=False, **how)
@@ -109,7 +109,7 @@ def packs_with_every_attention(work):
         def loss_and_gradient(pack):
             "Both, and no gradient left"
             model.zero_grad(set_to_none=True)
-            with _autocast(recipe): loss = model(**{k: v.to("cuda") for k, v in collate([pack]).items()}, use_cache=False).loss
+            with autocast_context(recipe): loss = model(**{k: v.to("cuda") for k, v in collate([pack]).items()}, use_cache=False).loss
             loss.backward()
             return loss.item(), torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
         from unsloth.utils import attention_dispatch as dispatch

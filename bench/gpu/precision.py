@@ -16,10 +16,10 @@ STEPS, AFTER, LR, BATCH, OTHERS = 24, (4, 24), 2e-4, 16, 64
 
 def batches(tokenizer, path):
     "Batches to train on, over all tokens, and batches of other rows to judge by, over completion tokens; padded on the right"
-    from descgen.formatting import encode_rows, pin_date, tell_pad_from_end, template_parts
+    from descgen.formatting import encode_rows, pin_date, set_eos_and_pad, template_parts
     pin_date(tokenizer)
     parts, rows = template_parts(tokenizer), read_rows(path)
-    pad = tell_pad_from_end(tokenizer, parts).pad_token_id
+    pad = set_eos_and_pad(tokenizer, parts).pad_token_id
     train, _ = encode_rows(rows[OTHERS:], tokenizer, parts, 512, "all")
     others, _ = encode_rows(rows[:OTHERS], tokenizer, parts, 512, "completion")
     cut = lambda examples: [pad_batch(examples[i:i + BATCH], pad) for i in range(0, len(examples), BATCH)]
@@ -94,14 +94,14 @@ def save_base(model, source, folder):
 def captured(model, batch):
     "What three of the middle layer's products are given, in one evaluation"
     from unsloth.kernels import utils
-    from descgen.layers import swap
+    from descgen.layers import patch_functions
     stock, seen, first = utils.matmul_lora, [], 7*(model.config.num_hidden_layers//2)
     def record(X, *args, **kw):
         seen.append((X.clone(), *args[:5]) if first <= len(seen) < first + 7 else None)
         return stock(X, *args, **kw)
-    swap({stock: record})
+    patch_functions({stock: record})
     mean_loss(model, [batch])
-    swap({record: stock})
+    patch_functions({record: stock})
     return {name: seen[first + i] for name, i in (("q_proj", 0), ("gate_proj", 4), ("down_proj", 6))}
 
 def addmm(X, W, W_quant, A, B, s):

@@ -36,8 +36,8 @@ def recipe(source, small, *names, **more):
 
 def conversations(rows):
     "Rows as descgen trains them, in the words of the documentation"
-    from descgen.formatting import messages
-    return [{"messages": messages(r["title"], r["content"])} for r in rows]
+    from descgen.formatting import chat_messages
+    return [{"messages": chat_messages(r["title"], r["content"])} for r in rows]
 
 def watched():
     "A callback that notes when each step ends, and a count of the tokens that a model is given"
@@ -91,7 +91,7 @@ def descgen(recipe, rows, tokens, watch, compile=False):
     "descgen's own stages: packs, one row a batch"
     from datasets import Dataset
     from descgen.formatting import Packs, template_parts
-    from descgen.layers import swap, unsloth_functions
+    from descgen.layers import patch_functions, unsloth_functions
     from descgen.model import add_lora, load_model
     from descgen.train import compute_dtype, train
     model, tokenizer = load_model(recipe.model_id, recipe.max_seq_length, recipe.load_in_4bit, compute_dtype(recipe))
@@ -102,7 +102,7 @@ def descgen(recipe, rows, tokens, watch, compile=False):
     try:
         with compiled(compile): train(model, tokenizer, packs, recipe.model_copy(update={"max_steps": steps_for(recipe, each, tokens)}), callbacks=[watch])
     finally:
-        if has_gpu(): swap({new: old for old, new in unsloth_functions().items()}) # the next way may be Unsloth's own
+        if has_gpu(): patch_functions({new: old for old, new in unsloth_functions().items()}) # the next way may be Unsloth's own
     return model
 
 def unsloth_way(packing):
