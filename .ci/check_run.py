@@ -5,9 +5,10 @@ from pathlib import Path
 import nbformat
 from descgen.inference import describe, load_adapter
 from descgen.files import load_manifest
-from descgen.evaluation import BASE
-from descgen.runs import MANIFEST_ENTRIES, changed_files, read_manifest
-from descgen.verdict import outcome, verdict
+from descgen.metrics import BASE
+from descgen.manifest import MANIFEST_ENTRIES, read_manifest
+from descgen.runs import changed_files
+from descgen.report import outcome, verdict
 
 folder = Path(sys.argv[1])
 outputs = [o for c in nbformat.read(folder/"notebook.ipynb", 4).cells for o in c.get("outputs", [])]

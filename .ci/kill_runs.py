@@ -13,11 +13,11 @@ times, seed = int(sys.argv[1]), int(sys.argv[2])
 dice, tmp, secret = random.Random(seed), Path(tempfile.mkdtemp()), "planted-value-that-must-not-stay"
 root = tmp/"runs"
 cells = ['output_dir = ""', "import os, time\nprint(os.environ['PLANTED_TOKEN']); time.sleep(1)",
-         "from descgen.files import write_record\nwrite_record(output_dir, state='finished')"]
+         "from descgen.files import update_manifest\nupdate_manifest(output_dir, state='finished')"]
 book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c, metadata={"tags": ["parameters"]} if not i else {}) for i, c in enumerate(cells)])
 book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
 nbformat.write(book, tmp/"book.ipynb")
-start = f"from descgen.runs import claim_run, execute; execute(claim_run({{}}, 'killed', {str(root)!r}), {{}}, {str(tmp/'book.ipynb')!r})"
+start = f"from descgen.runs import create_run, execute; execute(create_run({{}}, 'killed', {str(root)!r}), {{}}, {str(tmp/'book.ipynb')!r})"
 
 def run(): return subprocess.Popen([sys.executable, "-c", start], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"PLANTED_TOKEN": secret})
 

@@ -27,7 +27,7 @@ def holding(folder): return [str(p.relative_to(folder)) for p in folder.rglob("*
 def leaky():
     "The real notebook, whose second cell prints the secret and whose last one fails with it"
     book = nbformat.read("fine_tune_llama3.ipynb", 4)
-    at = next(i for i, c in enumerate(book.cells) if "circumstances()" in c.source)
+    at = next(i for i, c in enumerate(book.cells) if "environment_info()" in c.source)
     book.cells[at].source += "\nimport os, sys\nprint('token', os.environ['HF_TOKEN']); print(os.environ['HF_TOKEN'], file=sys.stderr)\nPath(recipe.output_dir, 'my.log').write_text(os.environ['HF_TOKEN'])"
     book.cells[-1].source += "\nraise RuntimeError('refused ' + os.environ['HF_TOKEN'])"
     nbformat.write(book, tmp/"leaky.ipynb")

@@ -37,7 +37,7 @@ def usual(path, cache):
 def descgen(path, cache, near_up_to=0):
     "load_data, with its cleaning and its search for exact copies: what it does by itself with a file of two million rows"
     from datasets import disable_progress_bars
-    from descgen.prepared import load_data
+    from descgen.dataset import load_data
     disable_progress_bars()
     start = time.perf_counter()
     data = load_data(path, cache=cache, near_up_to=near_up_to, **RECIPE)
@@ -98,7 +98,7 @@ def descgen_start(path, cache):
 def spoilt(path, cache):
     "A thousand bad lines among all: are exactly these set aside?"
     import random
-    from descgen.prepared import load_data
+    from descgen.dataset import load_data
     bad = Path(cache)/"bad.json"
     n = sum(1 for _ in open(path, "rb"))
     at, kinds = set(random.Random(42).sample(range(1, n + 1), 1000)), [b"{", b"[1]\n", b'{"title": "x"}\n', b'{"title": 5, "content": "y"}\n', b'{"title": "\xff", "content": "y"}\n']

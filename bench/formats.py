@@ -32,7 +32,7 @@ def measure(who, path):
         read = {".jsonl": pl.read_ndjson, ".json": pl.read_json, ".parquet": pl.read_parquet}.get(Path(path).suffix, pl.read_csv)
         rows = read(path).height
     else:
-        from descgen.formats import inspect_file, read_parts
+        from descgen.data import inspect_file, read_parts
         start = time.perf_counter()
         rows = sum(parse()[0].height for parse in read_parts(inspect_file(path)))
     return {"seconds": time.perf_counter() - start, "rows": rows, "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024/1e9}

@@ -9,7 +9,7 @@ import json, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from descgen.files import write_manifest
-from descgen.runs import read_manifest
+from descgen.manifest import read_manifest
 
 RUNS, ROUNDS, PAIRS = 1000, 5, 5
 SHORT = "-f recipes/cpu.yaml -p max_steps 1 -p eval_rows 2 -p n_titles 1 -p max_new_tokens 4".split()

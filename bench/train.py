@@ -75,16 +75,18 @@ def unsloth(work, base):
 
 def settled(work, **changed):
     from descgen.model import EMBEDDED
-    from descgen.train import check_recipe, read_defaults, resolve
+    from descgen.recipe import check_recipe, read_defaults, resolve
     return resolve(check_recipe({**read_defaults(HERE.parent/"fine_tune_llama3.ipynb"), "model_id": EMBEDDED, "data_path": f"{work}/train.jsonl", "output_dir": f"{work}/out",
         "max_length": LENGTH, "gradient_checkpointing": False, "loss_on": "all", "save_steps": 10_000, "eval_steps": 10_000, **changed}))
 
 def ours(work, recipe):
     "descgen over all rows, each once"
     from datasets import Dataset
-    from descgen.formatting import Packs, template_parts
+    from descgen.formatting import template_parts
+    from descgen.packing import Packs
     from descgen.model import add_lora, load_model
-    from descgen.train import compute_dtype, train
+    from descgen.recipe import compute_dtype
+    from descgen.train import train
     model, tokenizer = load_model(recipe.model_id, dtype=compute_dtype(recipe))
     model = add_lora(model, recipe.r, recipe.lora_alpha, recipe.lora_dropout, recipe.target_modules, recipe.gradient_checkpointing, recipe.seed, recipe.use_rslora)
     packs, watch = Packs(Dataset.from_list(read(f"{work}/train.jsonl")), tokenizer, template_parts(tokenizer), recipe.max_length, recipe.loss_on, recipe.packing), clock()
@@ -107,7 +109,7 @@ def limit(work, base):
     "Tokens a second if the frozen matrices' products, forward and back to their inputs, were all: measured on their shapes, 2,048 tokens at once"
     import torch
     from transformers import AutoConfig
-    from descgen.train import parameter_counts
+    from descgen.plan import parameter_counts
     c = AutoConfig.from_pretrained(base)
     h, i, kv = c.hidden_size, c.intermediate_size, c.num_key_value_heads*c.head_dim if getattr(c, "head_dim", None) else c.num_key_value_heads*h//c.num_attention_heads
     shapes = [(h, h, 2), (h, kv, 2), (h, i, 2), (i, h, 1)]
@@ -140,8 +142,8 @@ def judge(work, base):
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
     from descgen.formatting import encode_rows, template_parts
-    from descgen.model import EMBEDDED, add_lora, load_model
-    from descgen.train import completion_loss
+    from descgen.model import add_lora, EMBEDDED, load_model
+    from descgen.losses import completion_loss
     recipe, found = settled(work, bf16=False), {}
     model, tokenizer = load_model(EMBEDDED, dtype="float32")
     model = add_lora(model, gradient_checkpointing=False)
@@ -167,7 +169,7 @@ def child(name, work, args):
 def prepare(data, work):
     "Rows to train on and to judge by, as the data stage divides them"
     from descgen.files import to_jsonl
-    from descgen.prepared import load_data
+    from descgen.dataset import load_data
     found = load_data(data)
     for name, rows in (("train", found.train.select(range(BATCH*STEPS))), ("test", found.test.select(range(min(HELD_OUT, len(found.test)))))):
         Path(f"{work}/{name}.jsonl").write_text(to_jsonl([{k: r[k] for k in ("title", "content")} for r in rows.to_list()]), encoding="utf-8")

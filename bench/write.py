@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from descgen.formatting import prompt_ids, template_parts
-from descgen.inference import TOP_K, _uniform_noise, _sampling_processor, _left_padded, complete
-from descgen.layers import decode_attention
-from descgen.model import EMBEDDED, TARGETS, add_lora, embedded_model, load_model
+from descgen.inference import _left_padded, _sampling_processor, _uniform_noise, complete, TOP_K
+from descgen.attention import decode_attention
+from descgen.model import add_lora, EMBEDDED, embedded_model, load_model, TARGETS
 
 ROWS, NEW, ROUNDS = 32, 64, 3 # titles, tokens of each, rounds
 

@@ -13,7 +13,7 @@ LENGTH = 512 # of packs and examples here
 
 def recipe_for(folder, small, **more):
     "The notebook's recipe, short, and fast enough to learn something"
-    from descgen.train import check_recipe, read_defaults, resolve
+    from descgen.recipe import check_recipe, read_defaults, resolve
     short = dict(max_length=LENGTH, loss_on="completion", learning_rate=5e-4, per_device_train_batch_size=2, gradient_accumulation_steps=1, warmup_steps=2, eval_steps=4,
         save_steps=6, max_steps=12, output_dir=tempfile.mkdtemp(), model_id=str(folder), load_in_4bit=not small)
     return resolve(check_recipe(read_defaults(ROOT/"fine_tune_llama3.ipynb") | short | more))
@@ -26,7 +26,8 @@ def fresh(recipe):
 
 def packs_of(rows, tokenizer, recipe):
     from datasets import Dataset
-    from descgen.formatting import Packs, template_parts
+    from descgen.formatting import template_parts
+    from descgen.packing import Packs
     return Packs(Dataset.from_list(rows), tokenizer, template_parts(tokenizer), recipe.max_length, recipe.loss_on)
 
 def logits(model, batch):
@@ -37,7 +38,7 @@ def logits(model, batch):
 def contamination(model, pack, vocab):
     "How far logits of a pack's last example move when the tokens of the one before it are other ones, and how far it lies from the example alone"
     import torch
-    from descgen.train import collate
+    from descgen.losses import collate
     starts = [i for i, p in enumerate(pack["position_ids"]) if p == 0]
     other = {**pack, "input_ids": [(t + 1) % vocab if starts[-2] <= i < starts[-1] else t for i, t in enumerate(pack["input_ids"])]}
     alone = {k: v[starts[-1]:] for k, v in pack.items()}
@@ -94,7 +95,7 @@ def learning(recipe, rows, tests):
     "The test loss before and after a short run"
     from descgen.train import train
     recipe = recipe.model_copy(update={"max_steps": 40, "eval_steps": 40, "per_device_train_batch_size": 4, "output_dir": tempfile.mkdtemp()})
-    from descgen.train import completion_loss
+    from descgen.losses import completion_loss
     model, tokenizer = fresh(recipe)
     before = completion_loss(model, tests, recipe)
     train(model, tokenizer, packs_of(rows, tokenizer, recipe), recipe)

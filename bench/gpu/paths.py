@@ -21,7 +21,7 @@ def check(function):
 
 def recipe_of(**more):
     "The notebook's recipe with short examples, resolved for this machine"
-    from descgen.train import check_recipe, read_defaults, resolve
+    from descgen.recipe import check_recipe, read_defaults, resolve
     short = dict(max_length=512, loss_on="completion", gradient_checkpointing=False, output_dir=tempfile.mkdtemp())
     return resolve(check_recipe(read_defaults(ROOT/"fine_tune_llama3.ipynb") | short | more))
 
@@ -29,7 +29,7 @@ def learnt(recipe, scale=0.02):
     "Model and tokenizer with an adapter that changes the model, as if it had been trained"
     import torch
     from descgen.model import add_lora, load_model
-    from descgen.train import compute_dtype
+    from descgen.recipe import compute_dtype
     model, tokenizer = load_model(recipe.model_id, 2048, recipe.load_in_4bit, compute_dtype(recipe), recipe.date_string)
     model = add_lora(model, lora_dropout=0.0, gradient_checkpointing=False)
     torch.manual_seed(42)
@@ -50,7 +50,9 @@ def precisions():
 def loaded_equals_saved(work):
     "The test loss of an adapter before it is saved and after it is loaded, and as PEFT alone would compute it"
     from descgen.inference import load_adapter
-    from descgen.train import completion_loss, compute_dtype, save_adapter
+    from descgen.recipe import compute_dtype
+    from descgen.losses import completion_loss
+    from descgen.checkpoints import save_adapter
     found = {}
     for bits in ((4, 16) if has_gpu() else (16,)):
         for name, how in precisions().items():
@@ -71,7 +73,7 @@ def loaded_equals_saved(work):
 @check
 def row_losses_are_of_rows(work):
     "The sum of the losses of rows is the loss of all, and each row has its own"
-    from descgen.train import completion_loss, row_losses
+    from descgen.losses import completion_loss, row_losses
     recipe = recipe_of(model_id=work["embedded"])
     model, tokenizer = learnt(recipe)
     examples = examples_of(work, tokenizer)
@@ -96,8 +98,8 @@ def packs_with_every_attention(work):
     "Loss and gradient of packs with each of Unsloth's kinds of attention, in bf16 and fp16, and how far a neighbour's tokens move the loss of an example"
     if not has_gpu(): return "needs a GPU"
     import torch
-    from descgen.formatting import pack_examples
-    from descgen.train import autocast_context, collate
+    from descgen.packing import pack_examples
+    from descgen.losses import autocast_context, collate
     found = {}
     for name, how in precisions().items():
         recipe = recipe_of(model_id=work["embedded"], load_in_4bit=False, **how)
@@ -178,7 +180,7 @@ def offloaded_embedding(work):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from unsloth.models.vision import offload_spare_embeddings
     from descgen.layers import layer_device
-    from descgen.train import completion_loss
+    from descgen.losses import completion_loss
     folder = tempfile.mkdtemp()
     LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                                  tie_word_embeddings=False, eos_token_id=2, pad_token_id=0)).bfloat16().save_pretrained(folder)
@@ -210,7 +212,8 @@ def skipped_steps_are_counted(work):
     if not has_gpu(): return "needs a GPU"
     import torch
     from datasets import Dataset
-    from descgen.formatting import Packs, template_parts
+    from descgen.formatting import template_parts
+    from descgen.packing import Packs
     from descgen.train import skipped_steps, train
     recipe = recipe_of(model_id=work["embedded"], load_in_4bit=False, bf16=False, fp16=True, max_steps=12, warmup_steps=0, per_device_train_batch_size=1, gradient_accumulation_steps=1, learning_rate=1e-3)
     model, tokenizer = learnt(recipe)

@@ -27,7 +27,7 @@ TRIED = {"seed": {}, "no dropout": dict(lora_dropout=0), "nothing computed again
 
 def recipe(source, small, *names, **more):
     "The notebook's defaults with recipes of the folder `recipes`, for this model; small for a try"
-    from descgen.train import check_recipe, read_defaults, resolve
+    from descgen.recipe import check_recipe, read_defaults, resolve
     files = [yaml.safe_load((ROOT/"recipes"/f"{n}.yaml").read_text(encoding="utf-8")) for n in names]
     values = read_defaults(ROOT/"fine_tune_llama3.ipynb") | {k: v for f in files for k, v in f.items()} | more
     values |= dict(model_id=str(source), data_path=str(ROOT/"data"/"sample.jsonl"), output_dir=tempfile.mkdtemp(), save_steps=10**6)
@@ -58,7 +58,7 @@ def rate(watch, model, card):
 
 def steps_for(recipe, each, tokens):
     "Steps with so many useful tokens, where a pack or row holds so many"
-    from descgen.train import effective_batch
+    from descgen.plan import effective_batch
     return WARM + max(2, math.ceil(tokens/each/effective_batch(recipe)))
 
 def sft_config(recipe, steps, **more):
@@ -90,10 +90,12 @@ def compiled(on):
 def descgen(recipe, rows, tokens, watch, compile=False):
     "descgen's own stages: packs, one row a batch"
     from datasets import Dataset
-    from descgen.formatting import Packs, template_parts
+    from descgen.formatting import template_parts
+    from descgen.packing import Packs
     from descgen.layers import patch_functions, unsloth_functions
     from descgen.model import add_lora, load_model
-    from descgen.train import compute_dtype, train
+    from descgen.recipe import compute_dtype
+    from descgen.train import train
     model, tokenizer = load_model(recipe.model_id, recipe.max_seq_length, recipe.load_in_4bit, compute_dtype(recipe))
     packs = Packs(Dataset.from_list(rows), tokenizer, template_parts(tokenizer), recipe.max_length, recipe.loss_on, packing=recipe.packing)
     each = statistics.mean(len(packs[i]["input_ids"]) for i in range(32))
