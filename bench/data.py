@@ -107,7 +107,7 @@ def spoilt(path, cache):
     start = time.perf_counter()
     data = load_data(bad, cache=cache, **RECIPE)
     seconds = time.perf_counter() - start
-    found = {json.loads(l)["line"] for l in open(data.set_aside)}
+    found = {json.loads(l)["line"] for l in open(data.rejected)}
     return {"seconds": seconds, "rows": len(data.train) + len(data.test), "right": found == at, "found": len(found)}
 
 def measure(name, path, cache):

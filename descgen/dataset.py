@@ -80,14 +80,14 @@ def _prepare(source, folder, steps, strict):
     cores, sentences = os.cpu_count() or 1, _repeated_sentences(source, steps)
     jobs = ((parse, steps, sentences, folder/f"rows-{n:05d}.arrow", strict, source.path) for n, parse in enumerate(read_parts(source)))
     indexes, examples, n_rejected = [], [], 0
-    with ThreadPoolExecutor(cores) as pool, open(folder/"set_aside.jsonl", "w", encoding="utf-8") as out:
+    with ThreadPoolExecutor(cores) as pool, open(folder/"rejected.jsonl", "w", encoding="utf-8") as out:
         for index, rejected, some in _map_in_order(pool, _prepare_part, jobs, cores):
             indexes.append(index)
             n_rejected += len(rejected)
             examples = sorted(examples + some, key=lambda e: e[0])[:10]
             out.write(to_jsonl(rejected))
     pl.concat(indexes or [_row_index(pl.DataFrame(schema=ROW_SCHEMA), pl.Series([], dtype=pl.UInt8))]).write_ipc(folder/"index.arrow")
-    write_text(folder/"about.json", json.dumps({"set_aside": n_rejected, "steps": list(steps), "sentences": sentences, "examples": [row for _, row in examples]}))
+    write_text(folder/"about.json", json.dumps({"rejected": n_rejected, "steps": list(steps), "sentences": sentences, "examples": [row for _, row in examples]}))
 
 # %% ../nbs/14_dataset.ipynb #c010
 def _file_key(path):
@@ -149,7 +149,7 @@ def _is_prepared(folder, path, strict):
     "Whether a prepared set is there; with `strict` its first rejected line is an error"
     if not folder.is_dir(): return False
     if strict:
-        with open(folder/"set_aside.jsonl", encoding="utf-8") as f: aside = f.readline()
+        with open(folder/"rejected.jsonl", encoding="utf-8") as f: aside = f.readline()
         if aside: raise_bad_line(path, json.loads(aside))
     print(f"Reusing what was prepared from {Path(path).name} before")
     return True
@@ -217,11 +217,11 @@ def _split_rows(index, pairs, test_size, duplicates, duplicates_by, seed, lost):
     "Row numbers for training and for the test, each in the seeded order; what goes is counted"
     keys = {k: index[f"{k}_key"].to_numpy() for k in SHINGLE_WIDTH}
     side = _row_splits(index, keys, pairs, test_size, seed)
-    left = _remove_rows(np.ones(index.height, bool), side < 0, lost, "copies something of both sides")
+    left = _remove_rows(np.ones(index.height, bool), side < 0, lost, "duplicates rows of both splits")
     order = np.argsort(splitmix64(index["title_number"].to_numpy() ^ splitmix64(index["line"].to_numpy(), 0), seed), kind="stable")
     for k in duplicates_by if duplicates != "keep" else ():
-        left = _remove_rows(left, ~deduplicate(order[left[order]], keys[k]), lost, f"copies of another {k}")
-        if pairs: left = _remove_rows(left, ~deduplicate(order[left[order]], keys[k], pairs[k]), lost, f"near copies of another {k}")
+        left = _remove_rows(left, ~deduplicate(order[left[order]], keys[k]), lost, f"duplicates of another {k}")
+        if pairs: left = _remove_rows(left, ~deduplicate(order[left[order]], keys[k], pairs[k]), lost, f"near-duplicates of another {k}")
     order = order[left[order]]
     return [index["row"].to_numpy()[order[side[order] == s]] for s in (0, 1)]
 
@@ -234,7 +234,7 @@ class PreparedData(NamedTuple):
     changed:dict[str, int] # how many of the rows read each cleaning step changed
     examples:list[dict] # ten rows drawn from the file, as they stand in it: `line`, `title`, `content`
     repeated:list[dict] # the contents that the usable rows repeat most: `times`, `content`
-    set_aside:Path # a JSON Lines file of the lines that are no rows: `line`, `reason`, `text`
+    rejected:Path # a JSON Lines file of the lines that are no rows: `line`, `reason`, `text`
     file_key:str # a hash of the file's bytes, by XXH3
     sentences:list[str] # those that the cleaning step `repeated_sentences` removed
     remark:str # why there is no test set or that it is too small; "" if it is large enough
@@ -264,7 +264,7 @@ def load_data(
     about, index = json.loads((folder/"about.json").read_text(encoding="utf-8")), pl.read_ipc(folder/"index.arrow")
     index = index.with_columns(row=(~pl.col("reason").is_in([1, 2])).cum_sum() - 1)
     left, lost = _select_usable(index, max_rows, min_chars, max_chars, drop_echoes, seed)
-    if not left.any(): _raise_no_rows(path, folder, {"lines read": index.height + about["set_aside"], "set aside": about["set_aside"], **lost})
+    if not left.any(): _raise_no_rows(path, folder, {"lines read": index.height + about["rejected"], "rejected": about["rejected"], **lost})
     index, duplicates = index.filter(pl.Series(left)), _resolve_duplicates(duplicates, int(left.sum()), near_up_to)
     table = _cached_rows(folder)
     pairs = _near_duplicates(folder, table, index["row"].to_numpy(), near_threshold) if duplicates == "near" else {}
@@ -276,7 +276,7 @@ def load_data(
 # %% ../nbs/14_dataset.ipynb #c027
 def _raise_no_rows(path, folder, funnel):
     "The error that says why there is nothing to train on"
-    with open(folder/"set_aside.jsonl", encoding="utf-8") as f: first = f.readline()
+    with open(folder/"rejected.jsonl", encoding="utf-8") as f: first = f.readline()
     why = f" First rejected line: {json.loads(first)['line']}, {json.loads(first)['reason']}." if first else ""
     counts = ", ".join(f"{k}: {v:,}" for k, v in funnel.items() if v or k == "lines read")
     raise ValueError(f"{path}: no row to train on ({counts}).{why} A row needs a title and a content.")
@@ -290,9 +290,9 @@ def _most_repeated(index, table, n=5):
 def _as_data(folder, about, table, train, test, lost, repeated, remark):
     "What `load_data` returns"
     from datasets import Dataset
-    changed, n = pl.read_ipc(folder/"index.arrow", columns=["changed"]).to_series(), about["set_aside"]
+    changed, n = pl.read_ipc(folder/"index.arrow", columns=["changed"]).to_series(), about["rejected"]
     rows = Dataset(table, fingerprint=folder.name)
     parts = [rows.select(part, new_fingerprint=xxhash.xxh3_64_hexdigest(part.tobytes())) for part in (train, test)]
-    return PreparedData(*parts, {"lines read": len(changed) + n, "set aside": n, **lost, "for training": len(train), "for the test": len(test)},
+    return PreparedData(*parts, {"lines read": len(changed) + n, "rejected": n, **lost, "for training": len(train), "for the test": len(test)},
         {name: int((changed & (1 << bit) > 0).sum()) for bit, name in enumerate(STEPS) if name in about["steps"]},
-        about["examples"], repeated, folder/"set_aside.jsonl", folder.name.split("-")[0], about["sentences"], remark)
+        about["examples"], repeated, folder/"rejected.jsonl", folder.name.split("-")[0], about["sentences"], remark)

@@ -64,7 +64,7 @@ class Packs:
     ):
         self.rows, self.tokenizer, self.parts, self.block_rows = rows, copy.deepcopy(tokenizer), parts, block_rows # a copy of its own: it works beside the training
         self.max_length, self.loss_on, self.packing, self.seed = max_length, loss_on, packing, seed
-        self.n_blocks, self.set_aside = -(-len(rows)//block_rows), {}
+        self.n_blocks, self.rejected = -(-len(rows)//block_rows), {}
         self._ends, self._visits, self._pool = [0], {}, ThreadPoolExecutor(1)
         self.block = lru_cache(4)(self._block)
 
@@ -72,7 +72,7 @@ class Packs:
         "The packs of a block of rows, as they were packed"
         rows = self.rows.select(range(number*self.block_rows, min((number + 1)*self.block_rows, len(self.rows)))).to_list()
         examples, aside = encode_rows(rows, self.tokenizer, self.parts, self.max_length, self.loss_on)
-        self.set_aside[number] = aside
+        self.rejected[number] = aside
         return pack_examples(examples, self.max_length, self.packing) if examples else []
 
     def _visit(self, visit):

@@ -205,7 +205,7 @@ def _make_latest(folder):
         aside.replace(latest)
 
 # %% ../nbs/72_runs.ipynb #6ed440b0
-_OUTPUTS = ("evaluation.json", "report.html", "set_aside.jsonl", "data_report.json", "adapter/*")
+_OUTPUTS = ("evaluation.json", "report.html", "rejected.jsonl", "data_report.json", "adapter/*")
 _WEIGHTS = "adapter/adapter_model.safetensors"
 
 def output_hashes(
