@@ -1,0 +1,52 @@
+"""The run that `make run` made last learnt something, and its files say so."""
+import html, json
+
+import nbformat, pytest
+
+from conftest import ROOT
+from descgen.evaluation import BASE
+from descgen.files import load_manifest
+from descgen.manifest import MANIFEST_ENTRIES
+from descgen.report import outcome, summary
+from descgen.runs import changed_files
+
+pytestmark = pytest.mark.slow
+
+@pytest.fixture(scope="module")
+def run():
+    "The folder of the last run"
+    folder = ROOT/"outputs/runs/latest"
+    if not folder.exists():
+        pytest.skip("no run: `make run` makes one")
+    return folder.resolve()
+
+@pytest.fixture(scope="module")
+def evaluation(run):
+    return json.loads((run/"evaluation.json").read_text(encoding="utf-8"))
+
+def test_main_run_learns(run, evaluation):
+    loss = load_manifest(run)["test_loss"]
+    assert loss["after"] < loss["before"]
+    scores = evaluation["scores"]["all"]
+    for metric in ("loss", "chrF"):
+        assert outcome(metric, scores["differences"][BASE][metric], scores["rows"]) == "better", metric
+
+def test_executed_notebook_holds_no_error(run):
+    outputs = [o for c in nbformat.read(run/"notebook.ipynb", 4).cells for o in c.get("outputs", [])]
+    assert outputs and not [o for o in outputs if o.output_type == "error"]
+
+def test_manifest_is_as_documented(run):
+    manifest = load_manifest(run)
+    assert manifest["state"] == "finished" and manifest["model"]["files"]["model.safetensors"]
+    assert manifest.keys() - {"id"} == MANIFEST_ENTRIES.keys() - {"failed", "resumed_from", "skipped_steps"}
+    assert not changed_files(run)
+
+def test_adapter_loads_and_describes(run):
+    from descgen.inference import describe, load_adapter
+    model, tokenizer = load_adapter(run/"adapter")
+    assert describe(model, tokenizer, ["Tin Whistle in D (Brass)"], sample=False, max_new_tokens=32)[0]
+
+def test_report_says_what_the_evaluation_found(run, evaluation):
+    page = html.unescape((run/"report.html").read_text(encoding="utf-8"))
+    for sentence in summary(evaluation).split(". "):
+        assert sentence.strip(". ") in page
