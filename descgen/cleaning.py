@@ -43,7 +43,8 @@ _INLINE = "b|i|u|s|em|strong|span|a|font|img|small|big|sup|sub|code|tt|strike|de
 _CELL_BOUNDARY = r"(?i)</t[dh]\s*>\s*<t[dh](?:\s[^<>]*)?>|</?t[dh](?:\s[^<>]*)?/?>"
 _HIDDEN = r"(?is)<!--.*?-->|<script\b[^>]*>.*?</script\s*>|<style\b[^>]*>.*?</style\s*>"
 
-def _tag(names): return rf"(?i)</?(?:{names})(?:\s[^<>]*)?/?>"
+def _tag(names):
+    return rf"(?i)</?(?:{names})(?:\s[^<>]*)?/?>"
 
 def strip_tags(
     texts:pl.Series, # strings, their entities unescaped
@@ -126,7 +127,8 @@ DEFAULT_STEPS = [name for name in STEPS if name != "repeated_sentences"]
 _MARKUP = ("entities", "tags")
 
 @cache
-def _needs_cleaning(): return "|".join([_CONTROLS, _not_nfc(), r"[^\S\n ]|  |\n[ \n]| \n", "(?i:this text refers to)"])
+def _needs_cleaning():
+    return "|".join([_CONTROLS, _not_nfc(), r"[^\S\n ]|  |\n[ \n]| \n", "(?i:this text refers to)"])
 
 def _apply_steps(rows, changed, needs, names):
     "Rows and the steps that changed them, after some more steps on those that match a pattern"
@@ -151,9 +153,11 @@ def clean_rows(
     sentences:list[str]=(), # those that `repeated_sentences` removes from contents
 )->tuple[pl.DataFrame, pl.Series]: # the rows, clean and stripped at both ends; for each the steps that changed it, bit i for step i
     "Rows as clean text; ValueError names a step that does not exist"
-    if unknown := set(steps) - set(STEPS): raise ValueError(f"{sorted(unknown)[0]!r} is no cleaning step. Choose from: {', '.join(STEPS)}")
+    if unknown := set(steps) - set(STEPS):
+        raise ValueError(f"{sorted(unknown)[0]!r} is no cleaning step. Choose from: {', '.join(STEPS)}")
     rows, changed = _apply_steps(rows, pl.zeros(rows.height, pl.UInt8, eager=True), "[&<]", [n for n in _MARKUP if n in steps])
     rows, changed = _apply_steps(rows, changed, _needs_cleaning(), [n for n in DEFAULT_STEPS if n in steps and n not in _MARKUP])
-    if len(sentences) and "repeated_sentences" in steps: rows, changed = _remove_repeated_sentences(rows, changed, sentences)
+    if len(sentences) and "repeated_sentences" in steps:
+        rows, changed = _remove_repeated_sentences(rows, changed, sentences)
     title = _apply_where(rows["title"], rows["title"].str.contains(r"[\r\n]"), lambda t: t.str.replace_all(r"\s*[\r\n]\s*", " "))
     return rows.with_columns(title.str.strip_chars(), rows["content"].str.strip_chars()), changed

@@ -32,7 +32,8 @@ def _words(texts, width):
     unspaced = texts.str.contains(_NO_SPACES).arg_true()
     if len(unspaced):
         characters = texts.gather(unspaced).str.replace_all(f"({_NO_SPACES})", " $1 ").str.replace_all(" +", " ").str.strip_chars()
-        if width == 1: characters = pl.Series(map(_character_bigrams, characters), dtype=pl.String)
+        if width == 1:
+            characters = pl.Series(map(_character_bigrams, characters), dtype=pl.String)
         texts = texts.clone().scatter(unspaced, characters)
     return texts.str.split(" ")
 
@@ -46,7 +47,8 @@ def shingles(
     flat, ends = padded.explode().to_numpy(), np.cumsum(padded.list.len().to_numpy())
     runs = sum(np.roll(flat, -i)*np.uint64(2*i + 1)**np.uint64(17) for i in range(width)) # wraps around, as a hash may
     kept = np.ones(len(flat), bool)
-    for i in range(1, width): kept[ends - i] = False
+    for i in range(1, width):
+        kept[ends - i] = False
     return _as_lists(runs[kept], words.list.len().to_numpy())
 
 def _as_lists(flat, lengths):
@@ -79,7 +81,8 @@ def lsh_bands(
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.ascontiguousarray(flat, np.uint64), offsets, _BANDS*_HASHES_PER_BAND, 42)
     signature = np.array(matrix.to_rows(), np.uint64).reshape(len(lists), _BANDS, _HASHES_PER_BAND)
     mixed = np.zeros((len(lists), _BANDS), np.uint64)
-    for i in range(_HASHES_PER_BAND): mixed = splitmix64(mixed ^ signature[:, :, i], i)
+    for i in range(_HASHES_PER_BAND):
+        mixed = splitmix64(mixed ^ signature[:, :, i], i)
     return mixed
 
 # %% ../nbs/13_splitting.ipynb #c018
@@ -154,7 +157,8 @@ def _neighbours(n, pairs):
     "For each row that has any, the earlier rows that it nearly repeats"
     found = {}
     for first, second in pairs:
-        for i, j in zip(first.tolist(), second.tolist()): found.setdefault(j, []).append(i)
+        for i, j in zip(first.tolist(), second.tolist()):
+            found.setdefault(j, []).append(i)
     return found
 
 def assign_splits(
@@ -167,9 +171,13 @@ def assign_splits(
     rows = np.flatnonzero(_connected_to_test(draws, keys, near))
     for i, *mine in zip(rows.tolist(), *(k[rows].tolist() for k in keys)):
         said = {c[k] for c, k in zip(claims, mine) if k in c} | {side[j] for j in near.get(i, ()) if side[j] >= 0}
-        if len(said) < 2: side[i] = said.pop() if said else side[i]
-        else: side[i] = -1; continue
-        for c, k in zip(claims, mine): c[k] = side[i]
+        if len(said) < 2:
+            side[i] = said.pop() if said else side[i]
+        else:
+            side[i] = -1
+            continue
+        for c, k in zip(claims, mine):
+            c[k] = side[i]
     return side
 
 # %% ../nbs/13_splitting.ipynb #a9d80aad
@@ -198,9 +206,11 @@ def deduplicate(
     kept[order[pl.Series(keys[order]).is_first_distinct().to_numpy()]] = True
     if not len(pairs): return kept
     near = _neighbours(len(keys), [pairs, pairs[::-1]])
-    rank = np.empty(len(keys), np.int64); rank[order] = np.arange(len(order))
+    rank = np.empty(len(keys), np.int64)
+    rank[order] = np.arange(len(order))
     for i in sorted((i for i in near if kept[i]), key=rank.__getitem__):
-        if any(kept[j] and rank[j] < rank[i] for j in near[i]): kept[i] = False
+        if any(kept[j] and rank[j] < rank[i] for j in near[i]):
+            kept[i] = False
     return kept
 
 # %% ../nbs/13_splitting.ipynb #383d54a2
