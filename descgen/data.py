@@ -43,12 +43,14 @@ def _head(path, encoding, size=_HEAD):
             held.append(piece)
             n += len(piece)
             if n > size: break
-    except UNPACKING_ERRORS: pass # the reader says where the file ends too soon
+    except UNPACKING_ERRORS:
+        pass # the reader says where the file ends too soon
     return b"".join(held)[:size], n <= size
 
 # %% ../nbs/11_data.ipynb #c01e15c5
 def _is_utf8(line):
-    try: line.decode("utf-8")
+    try:
+        line.decode("utf-8")
     except UnicodeDecodeError: return False
     return True
 
@@ -81,14 +83,16 @@ def choose_encoding(
     try:
         "a".encode(encoding) # some codecs are no encodings of text
         return codecs.lookup(encoding).name
-    except (LookupError, ValueError): raise ValueError(f"encoding={encoding!r} is no encoding of text that Python knows, such as utf-8, latin-1, cp1252, shift-jis.") from None
+    except (LookupError, ValueError):
+        raise ValueError(f"encoding={encoding!r} is no encoding of text that Python knows, such as utf-8, latin-1, cp1252, shift-jis.") from None
 
 # %% ../nbs/11_data.ipynb #8d487211
 SEPARATORS = {"\t": "tabs", ";": "semicolons", ",": "commas", "|": "vertical bars"}
 
 def _records(text, separator, n=20):
     "The first records of a table as lists of fields; none if its quotes are broken"
-    try: return [r for r in itertools.islice(csv.reader(io.StringIO(text, newline=""), delimiter=separator), n) if r]
+    try:
+        return [r for r in itertools.islice(csv.reader(io.StringIO(text, newline=""), delimiter=separator), n) if r]
     except csv.Error: return []
 
 def _choose_separator(text):
@@ -108,7 +112,8 @@ def _is_json_lines(path, text):
 
 def _format_of(path, head, text):
     "The format: parquet, array, jsonl or csv"
-    if head.startswith(b"\xd0\xcf\x11\xe0"): raise ValueError(f"{path} is an Excel workbook. Save the table as CSV (UTF-8).")
+    if head.startswith(b"\xd0\xcf\x11\xe0"):
+        raise ValueError(f"{path} is an Excel workbook. Save the table as CSV (UTF-8).")
     if head.startswith(b"PAR1"): return "parquet"
     if re.match(r"\s*\[\s*(\{|\]|$)", text.lstrip("\ufeff")): return "array"
     return "jsonl" if _is_json_lines(path, text) else "csv"
@@ -117,7 +122,8 @@ def _format_of(path, head, text):
 TITLE_NAMES = ("title", "name", "product name", "product title", "item name", "item title", "post title")
 CONTENT_NAMES = ("content", "description", "body html", "body", "product description", "about product", "item description", "long description", "post content")
 
-def _normalized_name(column): return re.sub(r"[\W_]+", " ", column).strip().lower()
+def _normalized_name(column):
+    return re.sub(r"[\W_]+", " ", column).strip().lower()
 
 def _choose_field(path, columns, filled, given, known, parameter):
     "The column for a parameter; ValueError if it is not there or not clear"
@@ -140,7 +146,8 @@ def choose_fields(
     content_field:str="auto", # the content's
 )->tuple[str, str]: # the two columns
     "Which columns hold title and content; ValueError lists the columns if that is not clear"
-    if "auto" in (title_field, content_field): _refuse_other_layouts(path, columns)
+    if "auto" in (title_field, content_field):
+        _refuse_other_layouts(path, columns)
     return (_choose_field(path, columns, filled, title_field, TITLE_NAMES, "title_field"),
             _choose_field(path, columns, filled, content_field, CONTENT_NAMES, "content_field"))
 
@@ -180,21 +187,28 @@ def _first_objects(path, text, complete, n=100):
     tried = [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:n]
     found, why = [], ""
     for number, line in tried:
-        try: value = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError): value = None
-        if isinstance(value, dict): found.append(value)
-        elif not why: why = _rejection_reason(path, number, line)
-    if tried and not found: raise ValueError(f"{why}. No line of the first {len(tried)} is a JSON object. {_conversion_hint(path, text)}")
+        try:
+            value = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            found.append(value)
+        elif not why:
+            why = _rejection_reason(path, number, line)
+    if tried and not found:
+        raise ValueError(f"{why}. No line of the first {len(tried)} is a JSON object. {_conversion_hint(path, text)}")
     return found
 
 def _rejection_reason(path, number, line):
     "The reason that a line holds no row"
-    try: parse_row(line)
+    try:
+        parse_row(line)
     except ValueError as e: return f"{path}, line {number}: {e}"
 
 def _conversion_hint(path, text):
     "How to turn a file into one that can be read"
-    if not text.lstrip("\ufeff \t\r\n").startswith("{"): return "descgen reads JSON Lines, a JSON array, CSV, TSV and Parquet."
+    if not text.lstrip("\ufeff \t\r\n").startswith("{"):
+        return "descgen reads JSON Lines, a JSON array, CSV, TSV and Parquet."
     listed = re.search(r'"([^"]+)"\s*:\s*\[\s*\{', text[:2000])
     way = f".{listed[1]}[]" if listed and listed[1].isidentifier() else "."
     return f"If it holds objects over several lines, write each on one line: jq -c '{way}' {Path(path).name} > rows.jsonl"
@@ -214,7 +228,8 @@ def _table_source(path, text, encoding, given):
     columns = [c.strip() for c in records[0]] if records else []
     filled = {c for r in records[1:] for c, v in zip(columns, r) if v.strip()}
     fields = choose_fields(path, columns, filled, *given)
-    if twice := [f for f in fields if columns.count(f) > 1]: raise ValueError(f"{path} has {columns.count(twice[0])} columns named {twice[0]!r}. Rename all but one.")
+    if twice := [f for f in fields if columns.count(f) > 1]:
+        raise ValueError(f"{path} has {columns.count(twice[0])} columns named {twice[0]!r}. Rename all but one.")
     header = _record_ends(body.encode())[:1]
     skip = len(text.encode()) - len(body.encode()) + (int(header[0]) + 1 if len(header) else len(body.encode()))
     return Source(Path(path), "csv", encoding, fields, tuple(columns), separator or ",", skip, 1 + text.encode()[:skip].count(b"\n"))
@@ -224,7 +239,8 @@ def _first_items(path, encoding, n=100):
     found = []
     with contextlib.suppress(*UNPACKING_ERRORS): # the reader says where the file ends too soon
         for _, value, *_ in itertools.islice(_array_items(path, encoding), n):
-            if isinstance(value, dict): found.append(value)
+            if isinstance(value, dict):
+                found.append(value)
     return found
 
 def inspect_file(
@@ -238,14 +254,16 @@ def inspect_file(
     head, complete = _head(path, encoding)
     text = head.decode("utf-8", "ignore")
     kind, given = _format_of(path, head, text), (title_field, content_field)
-    if kind == "parquet": return Source(Path(path), kind, encoding, choose_fields(path, *_parquet_columns(path), *given))
+    if kind == "parquet":
+        return Source(Path(path), kind, encoding, choose_fields(path, *_parquet_columns(path), *given))
     if kind == "csv": return _table_source(path, text, encoding, given)
     objects = _first_objects(path, text, complete) if kind == "jsonl" else _first_items(path, encoding)
     if not objects: return Source(Path(path), kind, encoding, DEFAULT_FIELDS)
     return Source(Path(path), kind, encoding, choose_fields(path, *_nonempty_columns(objects), *given))
 
 # %% ../nbs/11_data.ipynb #a0a4474c
-def _positions(block, character): return np.flatnonzero(np.frombuffer(block, np.uint8) == ord(character))
+def _positions(block, character):
+    return np.flatnonzero(np.frombuffer(block, np.uint8) == ord(character))
 
 def _outside_quotes(positions, quotes):
     "Those positions that have an even number of quotes before them"
@@ -279,9 +297,11 @@ def _as_rows(lines, titles, contents):
 def _parse_csv_fast(block, first, source):
     "The rows of regular records, by polars; None if it could misread one"
     ends = _record_ends(block)
-    if not _is_regular(block, source.separator) or (_field_counts(block, source.separator, ends) != len(source.columns)).any(): return None
+    if not _is_regular(block, source.separator) or (_field_counts(block, source.separator, ends) != len(source.columns)).any():
+        return None
     names = [str(i) for i in range(len(source.columns))]
-    try: table = pl.read_csv(io.BytesIO(block), has_header=False, new_columns=names, schema=dict.fromkeys(names, pl.String), separator=source.separator)
+    try:
+        table = pl.read_csv(io.BytesIO(block), has_header=False, new_columns=names, schema=dict.fromkeys(names, pl.String), separator=source.separator)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException): return None
     if table.height != len(ends): return None
     lines = np.searchsorted(_positions(block, "\n"), ends) + 1 # up to the end of each record
@@ -292,8 +312,10 @@ def _parse_csv_fast(block, first, source):
 # %% ../nbs/11_data.ipynb #5ca0261a
 def _csv_reason(fields, source):
     "Why the fields of a record are no row; "" if they are one"
-    if len(fields) not in (0, len(source.columns)): return f"{len(fields)} fields, but the header has {len(source.columns)}"
-    if any("\udc80" <= c <= "\udcff" for f in fields for c in f): return "not UTF-8: set `encoding` if the file has another, such as latin-1"
+    if len(fields) not in (0, len(source.columns)):
+        return f"{len(fields)} fields, but the header has {len(source.columns)}"
+    if any("\udc80" <= c <= "\udcff" for f in fields for c in f):
+        return "not UTF-8: set `encoding` if the file has another, such as latin-1"
     return ""
 
 def _csv_records(lines, source, first):
@@ -309,9 +331,11 @@ def _csv_records(lines, source, first):
         why = ""
         while not why:
             held.clear()
-            try: fields = next(reader)
+            try:
+                fields = next(reader)
             except StopIteration: return
-            except csv.Error as e: fields, why = [], f"a quote is in the wrong place or not closed ({e})"
+            except csv.Error as e:
+                fields, why = [], f"a quote is in the wrong place or not closed ({e})"
             why = why or _csv_reason(fields, source)
             if why: # only the line where the record begins is rejected; an open quote may have taken good records with it
                 again.extendleft(reversed(held[1:]))
@@ -325,8 +349,10 @@ def _rows_of_records(records, source):
     rows, rejected = [], []
     title, content = (source.columns.index(f) for f in source.fields)
     for line, fields, why, text in records:
-        if why: rejected.append(rejection(line, why, text.encode("utf-8", "surrogateescape")))
-        elif fields: rows.append((line, fields[title], fields[content]))
+        if why:
+            rejected.append(rejection(line, why, text.encode("utf-8", "surrogateescape")))
+        elif fields:
+            rows.append((line, fields[title], fields[content]))
     return _as_rows(*([r[i] for r in rows] for i in range(3))), rejected
 
 # %% ../nbs/11_data.ipynb #49e8db73
@@ -363,8 +389,10 @@ def _csv_parts(source, size):
                 return
             yield line, partial(parse_csv_block, block[:cut], line, source), at
             held, n, line = [block[cut:]], n - cut, line + block[:cut].count(b"\n")
-    except UNPACKING_ERRORS as e: problem = f"the packed file is damaged or cut off here ({e})"
-    if n or problem: yield line, partial(parse_csv_block, b"".join(held), line, source, problem), at
+    except UNPACKING_ERRORS as e:
+        problem = f"the packed file is damaged or cut off here ({e})"
+    if n or problem:
+        yield line, partial(parse_csv_block, b"".join(held), line, source, problem), at
 
 # %% ../nbs/11_data.ipynb #d52cd872
 def _lines_of(block, pieces):
@@ -377,7 +405,8 @@ def _lines_of(block, pieces):
     except UNPACKING_ERRORS as e:
         yield e
         return
-    if rest: yield rest.decode("utf-8", "surrogateescape")
+    if rest:
+        yield rest.decode("utf-8", "surrogateescape")
 
 def _irregular_parts(source, block, pieces, first, n=20_000):
     "The rest of a file whose quotes do not say where its records end"
@@ -387,7 +416,8 @@ def _irregular_parts(source, block, pieces, first, n=20_000):
     while some := list(itertools.islice(records, n)):
         line = some[-1][0]
         yield line, partial(_rows_of_records, some, source), at
-    if damage: yield line, partial(_damage_rejection, line, damage[0]), at
+    if damage:
+        yield line, partial(_damage_rejection, line, damage[0]), at
 
 def _damage_rejection(line, error):
     "No rows, and the rejection that says where a packed file ends too soon"
@@ -402,11 +432,15 @@ class _Buffer:
 
     def fill(self):
         "Read on; False at the end of the file"
-        try: piece, self.at = next(self.pieces, (None, self.at))
-        except UNPACKING_ERRORS as e: piece, self.problem = None, f"the packed file is damaged or cut off here ({e})"
+        try:
+            piece, self.at = next(self.pieces, (None, self.at))
+        except UNPACKING_ERRORS as e:
+            piece, self.problem = None, f"the packed file is damaged or cut off here ({e})"
         if piece is None: return False
-        try: self.text, self.start = self.text[self.start:] + self.decoder.decode(piece), 0
-        except UnicodeDecodeError: raise ValueError(f"{self.path}, after line {self.line}: not UTF-8. Set encoding to the one it was saved in, such as latin-1.") from None
+        try:
+            self.text, self.start = self.text[self.start:] + self.decoder.decode(piece), 0
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.path}, after line {self.line}: not UTF-8. Set encoding to the one it was saved in, such as latin-1.") from None
         return True
 
     def skip(self, end):
@@ -430,7 +464,8 @@ def _decode(text, start, fields):
 def _decode_item(buffer, fields):
     "The item at the buffer's start, and where it ends; None if the file ends before it does"
     while True:
-        try: return _decode(buffer.text, buffer.start, fields)
+        try:
+            return _decode(buffer.text, buffer.start, fields)
         except RecursionError: raise ValueError(f"{buffer.path}, line {buffer.line}: JSON nested too deeply") from None
         except json.JSONDecodeError as e:
             unfinished = e.pos >= len(buffer.text) - 12 or e.msg.startswith("Unterminated") # it may only be cut off in the buffer
@@ -450,10 +485,14 @@ def _array_items(path, encoding, fields=DEFAULT_FIELDS):
         value, end = found
         yield buffer.line, value, buffer.text[buffer.start:end][:1000], buffer.at
         mark = buffer.skip(end)
-        if mark not in (",", "]", ""): raise ValueError(f"{path}, line {buffer.line}: {mark!r} stands where a comma or the array's end should. The array cannot be read beyond this line.")
-        if mark == ",": mark = buffer.skip(buffer.start + 1)
-    if mark != "]": yield buffer.line, ValueError(buffer.problem), "", buffer.at
-    elif buffer.skip(buffer.start + 1): raise ValueError(f"{path}, line {buffer.line}: something follows the array's end. Write one array, or JSON Lines.")
+        if mark not in (",", "]", ""):
+            raise ValueError(f"{path}, line {buffer.line}: {mark!r} stands where a comma or the array's end should. The array cannot be read beyond this line.")
+        if mark == ",":
+            mark = buffer.skip(buffer.start + 1)
+    if mark != "]":
+        yield buffer.line, ValueError(buffer.problem), "", buffer.at
+    elif buffer.skip(buffer.start + 1):
+        raise ValueError(f"{path}, line {buffer.line}: something follows the array's end. Write one array, or JSON Lines.")
 
 # %% ../nbs/11_data.ipynb #fc2578ee
 def _rows_of_items(items, fields):
@@ -463,7 +502,8 @@ def _rows_of_items(items, fields):
         try:
             if isinstance(value, ValueError): raise value
             rows.append({"line": line, **object_to_row(value, fields)})
-        except ValueError as e: rejected.append(rejection(line, str(e), text.encode("utf-8", "replace")))
+        except ValueError as e:
+            rejected.append(rejection(line, str(e), text.encode("utf-8", "replace")))
     return pl.DataFrame(rows, schema=ROW_SCHEMA), rejected
 
 def _array_parts(source, n=20_000):
@@ -480,10 +520,14 @@ def _parquet_file(path):
     file = path
     if packing_of(path):
         file = tempfile.TemporaryFile()
-        try: file.writelines(piece for piece, _ in read_pieces(path, "bytes"))
-        except UNPACKING_ERRORS as e: raise ValueError(f"{path} is damaged or cut off ({e}). Copy or download it again.") from None
-    try: return pq.ParquetFile(file)
-    except pa.ArrowInvalid as e: raise ValueError(f"{path} is no complete Parquet file ({str(e).splitlines()[0]}). Copy or download it again.") from None
+        try:
+            file.writelines(piece for piece, _ in read_pieces(path, "bytes"))
+        except UNPACKING_ERRORS as e:
+            raise ValueError(f"{path} is damaged or cut off ({e}). Copy or download it again.") from None
+    try:
+        return pq.ParquetFile(file)
+    except pa.ArrowInvalid as e:
+        raise ValueError(f"{path} is no complete Parquet file ({str(e).splitlines()[0]}). Copy or download it again.") from None
 
 def _is_text(kind):
     "Whether a column's type is text, or lists of text"
@@ -511,7 +555,8 @@ def _parquet_parts(source, n=20_000):
     "Some rows at a time"
     file, first, size = _parquet_file(source.path), 1, source.path.stat().st_size
     for name in source.fields:
-        if not _is_text(kind := file.schema_arrow.field(name).type): raise ValueError(f"{source.path}: the column {name!r} holds {kind}, not text. Set title_field and content_field to columns of text.")
+        if not _is_text(kind := file.schema_arrow.field(name).type):
+            raise ValueError(f"{source.path}: the column {name!r} holds {kind}, not text. Set title_field and content_field to columns of text.")
     for batch in file.iter_batches(n, columns=list(source.fields)):
         yield first, partial(_rows_of_batch, batch, first, source.fields), size*(first + len(batch))//(file.metadata.num_rows + 1)
         first += len(batch)

@@ -61,8 +61,10 @@ def write_text(
         aside.write_text(text, encoding="utf-8", newline="\n") # the same bytes on every system
         flush_to_disk(aside)
         os.replace(aside, path)
-    except OSError as e: raise OSError(e.errno, e.strerror or str(e), str(path)) from e # a full disk does not say which file had no room
-    finally: aside.unlink(missing_ok=True)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from e # a full disk does not say which file had no room
+    finally:
+        aside.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/00_files.ipynb #c043
@@ -85,12 +87,14 @@ def sha256_file(
     path:str|Path, # any file
 )->str: # 64 hexadecimal digits
     "The SHA-256 of a file's bytes"
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/00_files.ipynb #53413c02
 _CHECKSUMS = "seal.json"
 
-def _checksums(folder): return {p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.name != _CHECKSUMS}
+def _checksums(folder):
+    return {p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.name != _CHECKSUMS}
 
 def write_checksums(
     folder:Path, # of files
@@ -104,7 +108,8 @@ def verify_checksums(
     folder:Path, # of files
 )->bool: # True: sealed, and nothing was changed since
     "Whether a folder holds what was sealed"
-    try: return json.loads((folder/_CHECKSUMS).read_text(encoding="utf-8")) == _checksums(folder)
+    try:
+        return json.loads((folder/_CHECKSUMS).read_text(encoding="utf-8")) == _checksums(folder)
     except (OSError, ValueError): return False
 
 # %% ../nbs/00_files.ipynb #4b2a4fad
@@ -116,9 +121,12 @@ def load_manifest(
     "The record of the run that a folder holds; ValueError where it is damaged"
     path = Path(output_dir)/MANIFEST
     if not path.is_file(): return {}
-    try: found = from_json(path.read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"{path} is damaged ({e}). Give the run another output_dir, or remove the file.") from None
-    if not isinstance(found, dict): raise ValueError(f"{path} is no record of a run. Give the run another output_dir, or remove the file.")
+    try:
+        found = from_json(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged ({e}). Give the run another output_dir, or remove the file.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no record of a run. Give the run another output_dir, or remove the file.")
     return found
 
 def write_manifest(
