@@ -516,7 +516,7 @@ def evaluate_adapter(
     encoding:str="auto", # of `data`
 )->dict: # from `evaluate`; with `data` also `file`: how many of its rows can be used, were trained on, and were scored
     "Evaluate an adapter of a run; FileNotFoundError if a file is missing, ValueError if all of `data` was trained on"
-    from descgen.cli import evaluate
+    from descgen.evaluation import evaluate
     from descgen.formatting import template_parts
     from descgen.inference import load_adapter
     from descgen.splitting import find_leaks
