@@ -11,7 +11,8 @@ import json, shutil
 from importlib.metadata import version
 from pathlib import Path
 
-from .files import flush_to_disk, load_manifest, short_path, update_manifest, verify_checksums, write_manifest, write_text
+from descgen.files import (flush_to_disk, load_manifest, short_path, update_manifest, verify_checksums, write_manifest,
+    write_text)
 from .formatting import INSTRUCTION
 from .model import EMBEDDED, LLAMA, adapter_hash, has_cuda
 from .recipe import Recipe
@@ -20,9 +21,10 @@ from .recipe import Recipe
 from . import __version__
 
 # %% ../nbs/43_checkpoints.ipynb #b05da9b2
-# These parameters do not change the weights. `data_path` is one of them because the content of the file counts, not its path.
-_NOT_IN_FINGERPRINT = {"output_dir", "overwrite", "data_path", "strict", "eval_rows", "logging_steps", "eval_steps", "save_steps",
-            "n_titles", "title", "max_new_tokens", "temperature", "top_p", "report_to", "adapter_path"}
+# These parameters do not change the weights. Of the data file and the first adapter the content counts, not the path.
+_NOT_IN_FINGERPRINT = {
+    "output_dir", "overwrite", "data_path", "strict", "eval_rows", "logging_steps", "eval_steps", "save_steps",
+    "n_titles", "title", "max_new_tokens", "temperature", "top_p", "report_to", "adapter_path"}
 _MEASUREMENT_PARAMETERS = {"eval_rows", "eval_steps"} # they change the adapter if it is chosen by the test loss
 
 def run_fingerprint(recipe, file_key):
@@ -32,7 +34,8 @@ def run_fingerprint(recipe, file_key):
     ignored = _NOT_IN_FINGERPRINT - (_MEASUREMENT_PARAMETERS if chosen_by_loss else set())
     start = {"adapter at the start": adapter_hash(recipe.adapter_path)} if recipe.adapter_path else {}
     versions = {f"version of {p}": version(p) for p in packages}
-    return {**recipe.model_dump(exclude=ignored), **start, "model_id": short_path(recipe.model_id), "file_key": file_key, **versions}
+    parameters = {**recipe.model_dump(exclude=ignored), **start, "model_id": short_path(recipe.model_id)}
+    return {**parameters, "file_key": file_key, **versions}
 
 def checkpoint_step(checkpoint): return int(checkpoint.name.split("-")[1])
 
@@ -55,7 +58,7 @@ BEST_WEIGHTS = "best.safetensors" # the adapter with the lowest test loss so far
 
 def reproducibility()->str: # "exact" or "approximate"
     "Whether a repeated or resumed run produces the same bytes on this machine"
-    return "approximate" if has_cuda() else "exact" # GPU kernels may add in another order each time; these chapters test it on a CPU
+    return "approximate" if has_cuda() else "exact" # GPU kernels may add in another order each time
 
 # %% ../nbs/43_checkpoints.ipynb #5c98f14b
 def _describe_differences(theirs, mine):
@@ -81,14 +84,15 @@ def prepare_output_dir(
     mine, theirs = run_fingerprint(settled, file_key), manifest.get("decides", {})
     differences, checkpoints = _describe_differences(theirs, mine), list_checkpoints(folder)
     if (checkpoints or (folder/"adapter").exists()) and differences and not settled.overwrite:
-        raise FileExistsError(f"{folder} holds another run's checkpoints or adapter ({'; '.join(differences) if theirs else 'it left no manifest.json'}). "
+        reason = "; ".join(differences) if theirs else "it left no manifest.json"
+        raise FileExistsError(f"{folder} holds another run's checkpoints or adapter ({reason}). "
             "Give this run its own output_dir, or set overwrite=True to replace them.")
     resumes = not differences and manifest.get("state") in ("running", "failed", "interrupted")
     checkpoint = _resumable_checkpoint(checkpoints) if resumes else None
     if not resumes:
         for old in checkpoints: shutil.rmtree(old)
         (folder/BEST_WEIGHTS).unlink(missing_ok=True)
-    kept = manifest if "decides" not in manifest else {} # without a fingerprint, the entries were written by the program that starts this run
+    kept = manifest if "decides" not in manifest else {} # without "decides": written by the caller for this run
     if resumes and "model" in manifest: kept = {"model": manifest["model"]} # for `check_base_model`
     write_manifest(folder, {**kept, "state": "running", "given": given.model_dump(), "decides": mine,
                             "data_path": short_path(settled.data_path), "repeats": reproducibility()})
@@ -98,7 +102,8 @@ def prepare_output_dir(
 def _changed_files(before, now):
     "Names of the files that differ between two results of `model_fingerprint`"
     def hashes(model):
-        return {**model.get("files", {}), "the tokenizer": model.get("tokenizer_sha256"), "the chat template": model.get("template_sha256")}
+        other = {"the tokenizer": model.get("tokenizer_sha256"), "the chat template": model.get("template_sha256")}
+        return {**model.get("files", {}), **other}
     before, now = hashes(before), hashes(now)
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
@@ -106,12 +111,12 @@ def check_base_model(
     output_dir:str|Path, # of the run, from `prepare_output_dir`
     loaded:dict, # from `model_fingerprint`
 ):
-    "Store in the manifest which base model was loaded; ValueError if the checkpoints to resume from were trained on another"
+    "Store in the manifest which base model was loaded; ValueError if the checkpoints were trained on another"
     before = load_manifest(output_dir).get("model")
     if before and before != loaded and list_checkpoints(output_dir):
         changed = _changed_files(before, loaded) or ["its name"]
-        raise ValueError(f"The loaded base model is not the one that the checkpoints in {output_dir} were trained on. Changed: {', '.join(changed)}. "
-            "Restore the earlier files, or give this run another output_dir.")
+        raise ValueError(f"The loaded base model is not the one that the checkpoints in {output_dir} were trained on. "
+            f"Changed: {', '.join(changed)}. Restore the earlier files, or give this run another output_dir.")
     update_manifest(output_dir, model=loaded)
 
 # %% ../nbs/43_checkpoints.ipynb #e93b9135
@@ -122,10 +127,14 @@ def _model_card(model_id):
     licence = f"license: {_LICENCES[model_id]}\n" if model_id in _LICENCES else ""
     base = f"`{model_id}`, whose licence holds for the adapter too"
     if licence: base += f" ({_LICENCES[model_id]})"
-    return (f"---\nlibrary_name: peft\npipeline_tag: text-generation\n{licence}---\n\n# Product descriptions from titles\n\nA LoRA adapter for {base}, "
-            f"trained with descgen {__version__} to answer `{INSTRUCTION}` and a title with the product's description.\n\n"
-            "```python\nfrom descgen.inference import load_adapter, describe\nmodel, tokenizer = load_adapter('this folder')\n"
-            "print(describe(model, tokenizer, ['Girls Ballet Tutu Neon Pink'])[0])\n```\n")
+    lines = ["---", "library_name: peft", f"pipeline_tag: text-generation\n{licence}---", "",
+        "# Product descriptions from titles", "",
+        f"A LoRA adapter for {base}, trained with descgen {__version__} to answer `{INSTRUCTION}` and a title "
+        "with the product's description.", "",
+        "```python", "from descgen.inference import load_adapter, describe",
+        "model, tokenizer = load_adapter('this folder')",
+        "print(describe(model, tokenizer, ['Girls Ballet Tutu Neon Pink'])[0])", "```", ""]
+    return "\n".join(lines)
 
 # %% ../nbs/43_checkpoints.ipynb #72a3c956
 def _replace_folder(new, final):
@@ -153,7 +162,8 @@ def save_adapter(
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         config = json.loads((new/"adapter_config.json").read_text(encoding="utf-8"))
-        write_text(new/"adapter_config.json", json.dumps({**config, "base_model_name_or_path": model_id}, indent=2) + "\n")
+        config["base_model_name_or_path"] = model_id
+        write_text(new/"adapter_config.json", json.dumps(config, indent=2) + "\n")
         write_text(new/"README.md", _model_card(model_id))
         if dtype: write_text(new/"descgen.json", json.dumps({"dtype": dtype}) + "\n")
         for path in new.rglob("*"):

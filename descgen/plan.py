@@ -34,7 +34,8 @@ def _matrix_shapes(config):
     head_size = getattr(config, "head_dim", None) or config.hidden_size//config.num_attention_heads
     q, kv = config.num_attention_heads*head_size, config.num_key_value_heads*head_size
     h, i = config.hidden_size, config.intermediate_size
-    return {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h), "gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}
+    attention = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
+    return attention | {"gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}
 
 def parameter_counts(config, r, targets):
     "Parameter counts of a Llama model: the matrices of its layers, embedding and output, the adapter"
@@ -79,7 +80,8 @@ def estimate_memory(
     body, embeddings, adapter = parameter_counts(config, recipe.r, recipe.target_modules)
     weight_bytes = 4 if compute_dtype(recipe) == "float32" and not has_cuda() else 2
     unquantized = _parameters_in_16_bits(config) if recipe.load_in_4bit else body
-    weights = 0.53*(body - unquantized) + weight_bytes*(unquantized + embeddings) # 4 bits and their scales take 0.53 bytes
+    in_4_bits = 0.53*(body - unquantized) # 4 bits and their scales take 0.53 bytes
+    weights = in_4_bits + weight_bytes*(unquantized + embeddings)
     libraries = 0 if has_cuda() else 1e9 # Python with PyTorch, Unsloth and the data
     optimizer_bytes = 10 if "8bit" in recipe.optim else 16 # per parameter of the adapter, its gradient included
     return (libraries + weights + optimizer_bytes*adapter + _activation_bytes(config, recipe))/1e9
@@ -167,9 +169,9 @@ def plan_remarks(
     remarks, epochs, minutes = [], found["epochs"], found["minutes of training (estimate)"]
     if epochs > 10:
         steps = max(1, round(3*found["steps"]/epochs))
-        remarks.append(f"Each row would be read {epochs:,.0f} times, so the adapter memorises the {found['rows for training']:,} rows. "
-                       f"With max_steps={steps} each is read about 3 times.")
+        remarks.append(f"Each row would be read {epochs:,.0f} times, so the adapter memorises the "
+                       f"{found['rows for training']:,} rows. With max_steps={steps} each is read about 3 times.")
     if not has_cuda() and minutes > 60:
-        remarks.append(f"Training takes {duration_text(minutes)} on this CPU. Use `-f recipes/cpu.yaml`, the recipe for a CPU, or a lower max_steps. "
-                       "A GPU is many times faster.")
+        remarks.append(f"Training takes {duration_text(minutes)} on this CPU. Use `-f recipes/cpu.yaml`, "
+                       "the recipe for a CPU, or a lower max_steps. A GPU is many times faster.")
     return remarks
