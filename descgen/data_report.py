@@ -140,7 +140,9 @@ def _one_line(text, n=100):
     printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:n])
     return printable if len(text) <= n else printable[:n - 1] + "…"
 
-def _count_lines(counts): return "\n".join(f"{v:>12,}  {k}" for k, v in counts.items())
+def _count_lines(counts):
+    "Some counts, one per line"
+    return "\n".join(f"{v:>12,}  {k}" for k, v in counts.items())
 
 def _example_text(e):
     "A row as it is in the file and, if cleaning changed it, after cleaning"
