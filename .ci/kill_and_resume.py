@@ -63,7 +63,7 @@ def stop_and_resume():
     assert record["state"] == "interrupted" and any(name.startswith("checkpoint-") for name in record["cleared"]) and f"descgen resume {folder.name}" in said, said[-2000:]
     assert record.keys() >= {"plan", "data_sha256", "model", "code"}, "the manifest of a run that did not end does not say what it was"
     said = descgen("resume", folder.name).communicate()[0]
-    assert "Going on from checkpoint" in said, said[-2000:]
+    assert "Resuming from checkpoint" in said, said[-2000:]
     return load_manifest(folder)["adapter_sha256"], descgen("repeat", "latest").communicate()[0]
 
 whole, struck = tmp/"whole", tmp/"struck"
@@ -81,5 +81,5 @@ assert first == second, f"the interrupted run ended with another adapter: {first
 stopped, repeated = stop_and_resume()
 assert first == stopped, f"the stopped run ended with another adapter: {first} and {stopped}"
 assert "byte for byte that of" in repeated and first in repeated, repeated[-2000:]
-print(f"{log.count('Going on from checkpoint')} resumed runs after {n + 1} kills, and one that its user stopped, ended with the bytes of an uninterrupted one: {first}")
+print(f"{log.count('Resuming from checkpoint')} resumed runs after {n + 1} kills, and one that its user stopped, ended with the bytes of an uninterrupted one: {first}")
 shutil.rmtree(tmp)
