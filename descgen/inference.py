@@ -48,10 +48,12 @@ def load_adapter(
         with safe_open(Path(folder)/"adapter_model.safetensors", framework="pt") as saved:
             differ = expected ^ set(saved.keys())
         if differ:
-            raise ValueError(f"{len(differ)} matrices exist only in the adapter or only in the base, for example {min(differ)}")
+            raise ValueError(f"{len(differ)} matrices exist only in the adapter or only in the base, "
+                f"for example {min(differ)}")
     except (RuntimeError, ValueError) as e:
         reason = str(e).splitlines()[-1].strip()
-        raise ValueError(f"The adapter in {folder} was trained on {trained_on} and does not fit {base}: {reason}") from e
+        message = f"The adapter in {folder} was trained on {trained_on} and does not fit {base}: {reason}"
+        raise ValueError(message) from e
     if layer_device(model).type != "cpu":
         FastLanguageModel.patch_peft_model(model, use_gradient_checkpointing=False) # Unsloth's kernels, as in training
     FastLanguageModel.for_inference(model)
@@ -101,8 +103,8 @@ def _sampling_processor(noise, prompt_length, temperature, top_p):
 def _generation_settings(tokenizer, max_new_tokens, noise=None, prompt_length=0, temperature=1., top_p=1.):
     "Arguments of `generate`, apart from the prompts; without noise it takes the most likely token"
     if not (temperature > 0 and 0 < top_p <= 1):
-        raise ValueError(f"temperature must be above 0, and top_p above 0 and at most 1. Given: temperature={temperature}, "
-            f"top_p={top_p}. To always take the most likely token, set sample=False.")
+        raise ValueError("temperature must be above 0, and top_p above 0 and at most 1. "
+            f"Given: temperature={temperature}, top_p={top_p}. To always take the most likely token, set sample=False.")
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "use_cache": True,
         "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     if noise is None: return settings
@@ -163,7 +165,8 @@ def describe(
     "Generate a description for each title"
     parts = parts or template_parts(tokenizer)
     prompts = [prompt_ids(t, tokenizer, parts) for t in titles]
-    completions = complete(model, tokenizer, prompts, sample, temperature, top_p, max_new_tokens, batch_size, seed, progress)
+    completions = complete(model, tokenizer, prompts, sample, temperature, top_p, max_new_tokens, batch_size, seed,
+        progress)
     texts = [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in completions]
     return [text.strip() for text in texts]
 

@@ -99,7 +99,8 @@ def resolve_4bit(
         import unsloth
         from unsloth_zoo.cpu import cpu_bnb_4bit_supported
         if not cpu_bnb_4bit_supported():
-            raise ValueError("load_in_4bit=True: bitsandbytes cannot compute in 4 bits on this processor. Use load_in_4bit=False.")
+            raise ValueError("load_in_4bit=True: bitsandbytes cannot compute in 4 bits on this processor. "
+                "Use load_in_4bit=False.")
     return load_in_4bit
 
 # %% ../nbs/33_model.ipynb #b7a4fd9a
@@ -149,12 +150,12 @@ def _model_source(model_id):
         # offline, only the hub's cache on this machine is read
         with patch.object(constants, "HF_HUB_OFFLINE", offline or constants.HF_HUB_OFFLINE):
             yield source
-    except (OSError, RuntimeError, ValueError) as e: # no network, no such model, a gated one without a token, a damaged folder
+    except (OSError, RuntimeError, ValueError) as e: # no network, no such model, no token, a damaged folder
         reason = str(e).strip().split("\n")[0]
         if offline:
             reason = "the hub cannot be reached and its cache on this machine does not contain the model"
-        raise OSError(f"model_id={model_id!r} could not be loaded: {reason}. A hub model needs a network and, if it is gated, "
-            "HF_TOKEN in the environment; a folder needs config.json and safetensors files; "
+        raise OSError(f"model_id={model_id!r} could not be loaded: {reason}. A hub model needs a network and, "
+            "if it is gated, HF_TOKEN in the environment; a folder needs config.json and safetensors files; "
             f"model_id='{EMBEDDED}' needs neither.") from e
 
 def model_config(
@@ -185,8 +186,8 @@ def load_model(
     if dtype is None and not has_cuda():
         dtype = "bfloat16" if native_bf16() else "float32"
     with _model_source(model_id) as source:
-        model, tokenizer = FastLanguageModel.from_pretrained(source, max_seq_length=max_seq_length, load_in_4bit=load_in_4bit,
-            dtype=getattr(torch, dtype) if dtype else None, token=os.environ.get("HF_TOKEN"))
+        model, tokenizer = FastLanguageModel.from_pretrained(source, max_seq_length=max_seq_length,
+            load_in_4bit=load_in_4bit, dtype=getattr(torch, dtype) if dtype else None, token=os.environ.get("HF_TOKEN"))
     if template is None:
         pin_date(tokenizer, date_string)
     else:
@@ -271,7 +272,8 @@ def load_weights(
     weights = load_file(path)
     saved_shapes = {name: weight.shape for name, weight in weights.items()}
     differ = {name for name in shapes.keys() | saved_shapes.keys() if shapes.get(name) != saved_shapes.get(name)}
-    if differ: raise ValueError(f"{path} does not fit this adapter: {len(differ)} matrices differ, for example {min(differ)}")
+    if differ:
+        raise ValueError(f"{path} does not fit this adapter: {len(differ)} matrices differ, for example {min(differ)}")
     set_peft_model_state_dict(model, weights)
 
 # %% ../nbs/33_model.ipynb #aad48f73
