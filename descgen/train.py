@@ -122,7 +122,8 @@ def training_arguments(
     return SFTConfig(**recipe.model_dump(include=same_names), max_steps=steps,
         bf16=recipe.bf16 and has_cuda(), # on a CPU the precision of the weights is used
         train_sampling_strategy="sequential", dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False, save_total_limit=2, project="descgen", run_name=Path(recipe.output_dir).name, disable_tqdm=True)
+        remove_unused_columns=False, save_total_limit=2, disable_tqdm=True,
+        project="descgen", run_name=Path(recipe.output_dir).name)
 
 def _use_loraplus(trainer, recipe):
     "Multiply the learning rate of the B matrices by `loraplus_lr_ratio` (LoRA+, https://arxiv.org/abs/2402.12354)"
