@@ -127,9 +127,12 @@ def _yaml_problem(error):
 def _read_yaml(path):
     "The content of a YAML file; ValueError with file and line if it is not YAML"
     import yaml
-    try: text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError: raise ValueError(f"{path} is not a YAML file: it is not UTF-8.") from None
-    try: return yaml.safe_load(text)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a YAML file: it is not UTF-8.") from None
+    try:
+        return yaml.safe_load(text)
     except Exception as e: # PyYAML also raises other errors, such as a KeyError for `!!bool x`
         raise ValueError(f"{path} is not a YAML file, {_yaml_problem(e)}. "
             "Put text in quotes if it contains one of : # [ ] { } * & @ !") from None
@@ -202,7 +205,8 @@ def _execute(folder, given, root, notebook):
     command = _resume_command(folder, root, notebook)
     parameters = {name: value for name, value in given.items() if name not in ("output_dir", "overwrite")}
     typer.echo(f"{folder}", err=True)
-    try: return execute(folder, parameters, notebook)
+    try:
+        return execute(folder, parameters, notebook)
     except OSError as e:
         raise OSError(f"{_error_text(e)}. Solve that, then continue from the last checkpoint with: {command}") from e
     except KeyboardInterrupt:
@@ -223,8 +227,10 @@ def _read_verdict(folder):
     path = folder/"evaluation.json"
     if not path.is_file(): return None
     from descgen.report import verdict
-    try: return verdict(from_json(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError): return None # from another version
+    try:
+        return verdict(from_json(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None # from another version
 
 def _previous_run(folder):
     "The id of the last finished run before this one in the same folder of runs; None if there is none"

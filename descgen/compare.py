@@ -42,8 +42,10 @@ class _Evaluation(BaseModel):
 # %% ../nbs/73_compare.ipynb #68ac2fda
 def _read_evaluation(folder):
     "A run's evaluation; {} if it is missing or cannot be read"
-    try: return _Evaluation.model_validate_json((Path(folder)/"evaluation.json").read_bytes()).model_dump()
-    except (OSError, ValueError): return {}
+    try:
+        return _Evaluation.model_validate_json((Path(folder)/"evaluation.json").read_bytes()).model_dump()
+    except (OSError, ValueError):
+        return {}
 
 def shared_rows(
     one:dict, # a run's evaluation

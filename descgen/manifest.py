@@ -24,7 +24,8 @@ def _git(*arguments):
     "The output of a git command in this folder; None without git or if the command fails"
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", errors="replace", timeout=30)
-    except (OSError, subprocess.TimeoutExpired): return None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return done.stdout if done.returncode == 0 else None
 
 def _process_start(pid):
@@ -33,7 +34,8 @@ def _process_start(pid):
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except (psutil.Error, ValueError, OverflowError): return None
+    except (psutil.Error, ValueError, OverflowError):
+        return None
 
 # %% ../nbs/71_manifest.ipynb #387c8e30
 def _processor():
@@ -159,9 +161,12 @@ def _is_alive(process):
 
 def _parse_manifest(path):
     "A manifest's entries; ValueError (state, reason) if it is damaged or has a newer schema"
-    try: entries = from_json(path.read_text(encoding="utf-8"))
-    except OSError: raise ValueError("damaged", f"{MANIFEST} is missing or cannot be read")
-    except (ValueError, RecursionError): raise ValueError("damaged", f"{MANIFEST} is not JSON")
+    try:
+        entries = from_json(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError("damaged", f"{MANIFEST} is missing or cannot be read")
+    except (ValueError, RecursionError):
+        raise ValueError("damaged", f"{MANIFEST} is not JSON")
     if not isinstance(entries, dict) or not isinstance(entries.get("state"), str):
         raise ValueError("damaged", f"{MANIFEST} has no state")
     entries = {name: value for name, value in entries.items() if value is not None}
@@ -178,8 +183,10 @@ def read_manifest(
 )->dict: # its manifest with `id` and `state`: one of `STATES`
     "The manifest of a run, or the reason (`why`) that it cannot be read; never an error"
     folder = Path(folder)
-    try: entries = _parse_manifest(folder/MANIFEST)
-    except ValueError as e: return {"id": folder.name, "state": e.args[0], "why": e.args[1]}
+    try:
+        entries = _parse_manifest(folder/MANIFEST)
+    except ValueError as e:
+        return {"id": folder.name, "state": e.args[0], "why": e.args[1]}
     state = entries["state"]
     if state == "finished" and entries.get("process", {}).get("wraps") and "notebook" not in entries:
         state = "running" # the executed notebook is not in the folder yet

@@ -104,7 +104,8 @@ def create_run(
     temporary = Path(root)/f".{run_id}-{uuid.uuid4().hex}"
     write_manifest(temporary, {"state": "running", "given": given, **(begun or environment_info())})
     for n in range(1, 1000):
-        try: return temporary.rename(Path(root)/(run_id if n == 1 else f"{run_id}-{n}"))
+        try:
+            return temporary.rename(Path(root)/(run_id if n == 1 else f"{run_id}-{n}"))
         except OSError as e:
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise
     raise FileExistsError(f"{root} already holds a thousand runs {run_id}. Start the run again a second later.")
@@ -200,9 +201,12 @@ def _run_papermill(notebook, executed, parameters):
     except KeyboardInterrupt as e:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL) # no traceback of the tasks that Papermill leaves
         return {"state": "interrupted"}, e
-    except DeadKernelError: return _failed(started_cells[-1], _KILLED), None
-    except OSError as e: return _failed(None, f"{type(e).__name__}: {e}"), e # such as a full disk
-    except Exception as e: return _failed(None, f"{type(e).__name__}: {e}"), None # such as an unknown kernel
+    except DeadKernelError:
+        return _failed(started_cells[-1], _KILLED), None
+    except OSError as e:
+        return _failed(None, f"{type(e).__name__}: {e}"), e # such as a full disk
+    except Exception as e:
+        return _failed(None, f"{type(e).__name__}: {e}"), None # such as an unknown kernel
     return {}, None
 
 _ID = re.compile(r"\d{8}T\d{6}Z-.+") # from `create_run`
