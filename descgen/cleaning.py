@@ -138,6 +138,7 @@ def remove_sentences(
     "Remove some sentences from texts"
     kept = pl.element().filter(~pl.element().str.strip_chars().is_in(sentences))
     def remove(t):
+        "Texts without them"
         return split_sentences(t).list.eval(kept).list.join("").str.strip_chars()
     return _apply_where(texts, texts.str.contains_any(sentences), remove)
 
