@@ -22,7 +22,7 @@ def seconds(*words):
 
 def registry(run, root):
     "A folder of runs, each with the manifest of a real one and another rank; first and last with all files, whose hashes `diff` compares"
-    record = {k: v for k, v in read_manifest(run).items() if k != "id"}
+    record = read_manifest(run).model_dump(by_alias=True, exclude_none=True)
     for i in range(RUNS):
         folder = root/f"20261125T{i:06d}Z-copy-{i:08x}"
         if i in (0, RUNS - 1): shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
@@ -53,7 +53,7 @@ if __name__ == "__main__":
     run, tmp = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/runs/latest").resolve(), Path(tempfile.mkdtemp())
     try:
         for name, s in commands(run, tmp).items(): print(f"{name:28} {s:.2f} s")
-        took, real = pairs(tmp), read_manifest(run)["minutes"]*60
+        took, real = pairs(tmp), read_manifest(run).minutes*60
         for name in took[0]: print(f"{name + ', short':28} {statistics.median(t[name] for t in took):.1f} s")
         more = statistics.median(t["descgen run"] - t["papermill"] for t in took)
         print(f"{'descgen run more':28} {more:+.1f} s: {more/real:+.1%} of this run's {real/60:.1f} minutes")

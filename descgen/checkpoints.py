@@ -81,7 +81,7 @@ def prepare_output_dir(
 )->Path|None: # the checkpoint to resume from; None starts at step 0
     "Prepare `output_dir` for this run; FileExistsError if it holds another run and `overwrite` is not set"
     folder, manifest = Path(settled.output_dir), load_manifest(settled.output_dir)
-    mine, theirs = run_fingerprint(settled, file_key), manifest.get("decides", {})
+    mine, theirs = run_fingerprint(settled, file_key), manifest.get("fingerprint", {})
     differences, checkpoints = _describe_differences(theirs, mine), list_checkpoints(folder)
     if (checkpoints or (folder/"adapter").exists()) and differences and not settled.overwrite:
         reason = "; ".join(differences) if theirs else "it left no manifest.json"
@@ -92,10 +92,10 @@ def prepare_output_dir(
     if not resumes:
         for old in checkpoints: shutil.rmtree(old)
         (folder/BEST_WEIGHTS).unlink(missing_ok=True)
-    kept = manifest if "decides" not in manifest else {} # without "decides": written by the caller for this run
+    kept = manifest if "fingerprint" not in manifest else {} # without it: written by the caller for this run
     if resumes and "model" in manifest: kept = {"model": manifest["model"]} # for `check_base_model`
-    write_manifest(folder, {**kept, "state": "running", "given": given.model_dump(), "decides": mine,
-                            "data_path": short_path(settled.data_path), "repeats": reproducibility()})
+    write_manifest(folder, {**kept, "state": "running", "given": given.model_dump(), "fingerprint": mine,
+                            "data_path": short_path(settled.data_path), "reproducibility": reproducibility()})
     return checkpoint
 
 # %% ../nbs/43_checkpoints.ipynb #2bf94c21

@@ -216,8 +216,8 @@ def _execute(folder, given, root, notebook):
 def _start(values, name, root, notebook):
     "Create a run and execute it; the folder and the manifest"
     from descgen.runs import create_run
-    given, decides = _check_parameters(values, notebook)
-    folder = create_run(decides, name, root, given=given)
+    given, fingerprint = _check_parameters(values, notebook)
+    folder = create_run(fingerprint, name, root, given=given)
     return folder, _execute(folder, values, root, notebook)
 
 # %% ../nbs/90_cli.ipynb #f0cf4c03
@@ -255,16 +255,16 @@ def _finished_lines(folder, root):
 
 def _would_fail_again(manifest, folder):
     "Whether a run failed because of its parameters or data, before its first checkpoint"
-    error = manifest.get("failed", {}).get("error", "").split(":")[0]
+    error = (manifest.failed or {}).get("error", "").split(":")[0]
     has_checkpoint = any(folder.glob("checkpoint-*"))
     return error in ("ValueError", "FileNotFoundError", "FileExistsError") and not has_checkpoint
 
 def _print_outcome(manifest, folder, root, notebook):
     "Print how a run ended; ends with 1 if it is not finished"
-    failed = manifest.get("failed") or {}
+    failed = manifest.failed or {}
     cell = f" in cell {failed['cell']}" if failed.get("cell") else ""
-    typer.echo(f"{manifest['id']} {manifest['state']}{cell}" + (f": {failed.get('error')}" if failed else ""))
-    if manifest["state"] == "finished": return typer.echo("\n".join(_finished_lines(folder, root)))
+    typer.echo(f"{manifest.id} {manifest.state}{cell}" + (f": {failed.get('error')}" if failed else ""))
+    if manifest.state == "finished": return typer.echo("\n".join(_finished_lines(folder, root)))
     if (folder/"failed.ipynb").is_file():
         typer.echo(f"notebook  {folder/'failed.ipynb'}")
     if _would_fail_again(manifest, folder):
@@ -323,12 +323,12 @@ def resume(
     with _exit_on_error("Not resumed"):
         folder = find_run(name, root)
         first = read_manifest(folder)
-        if first["state"] not in ("failed", "interrupted"):
-            raise ValueError(f"{first['id']} is {first['state']}: only a failed or interrupted run can be resumed.")
-        if not first.get("given"):
-            raise ValueError(f"The manifest of {first['id']} has no given parameters: start a new run.")
-        _check_parameters(first["given"], notebook)
-        done = _execute(folder, first["given"], root, notebook)
+        if first.state not in ("failed", "interrupted"):
+            raise ValueError(f"{first.id} is {first.state}: only a failed or interrupted run can be resumed.")
+        if not first.given:
+            raise ValueError(f"The manifest of {first.id} has no given parameters: start a new run.")
+        _check_parameters(first.given, notebook)
+        done = _execute(folder, first.given, root, notebook)
     _print_outcome(done, folder, root, notebook)
 
 # %% ../nbs/90_cli.ipynb #5cd868cd
@@ -379,15 +379,15 @@ def sweep(
         sets = expand_sweep(_read_yaml(path))
         for values in sets:
             refuse_converted_text(values, path)
-        decides = [_check_parameters(values, notebook)[1] for values in sets] # all sets, before the first run
+        fingerprints = [_check_parameters(values, notebook)[1] for values in sets] # all sets, before the first run
         manifests = []
-        for values, decided in zip(sets, decides):
-            manifests.append(find_finished(decided, root) or _start(values, name, root, notebook)[1])
+        for values, fingerprint in zip(sets, fingerprints):
+            manifests.append(find_finished(fingerprint, root) or _start(values, name, root, notebook)[1])
     varied, rows = _varied_parameters(sets), []
     for values, m in zip(sets, manifests):
-        rows.append([m["id"], m["state"], m.get("test_loss", {}).get("after"), *map(values.get, varied)])
+        rows.append([m.id, m.state, (m.test_loss or {}).get("after"), *map(values.get, varied)])
     typer.echo(_format_table(["id", "state", "loss", *varied], rows))
-    if any(m["state"] != "finished" for m in manifests): raise typer.Exit(1)
+    if any(m.state != "finished" for m in manifests): raise typer.Exit(1)
 
 # %% ../nbs/90_cli.ipynb #0ddcf69a
 @app.command("diff")
@@ -417,10 +417,10 @@ def diff(
 def _check_repeatable(manifest, allow):
     "ValueError if a run cannot be repeated"
     from descgen.runs import repeat_blockers
-    if manifest["state"] != "finished":
-        raise ValueError(f"{manifest['id']} is {manifest['state']}: only a finished run can be repeated.")
-    missing = " and no ".join(entry for entry in ("given", "adapter_sha256") if entry not in manifest)
-    if missing: raise ValueError(f"The manifest of {manifest['id']} has no {missing}: it cannot be repeated.")
+    if manifest.state != "finished":
+        raise ValueError(f"{manifest.id} is {manifest.state}: only a finished run can be repeated.")
+    missing = " and no ".join(entry for entry in ("given", "adapter_sha256") if getattr(manifest, entry) is None)
+    if missing: raise ValueError(f"The manifest of {manifest.id} has no {missing}: it cannot be repeated.")
     blockers = "; ".join(repeat_blockers(manifest, tuple(allow or ())))
     if blockers: raise ValueError(f"{blockers}. Allow such a change with --allow data, code, lock or adapter.")
 
@@ -437,11 +437,11 @@ def repeat(
     with _exit_on_error("Not repeated"):
         first = read_manifest(find_run(name, root))
         _check_repeatable(first, allow)
-        folder, done = _start(first["given"], "repeat", root, notebook)
-    before, after = first["adapter_sha256"], done.get("adapter_sha256")
-    if done["state"] == "finished" and before == after:
-        typer.echo(f"The adapter is byte for byte that of {first['id']}: {after}")
-    elif done["state"] == "finished":
-        typer.echo(f"The adapter differs from that of {first['id']}: {after}, not {before}")
+        folder, done = _start(first.given, "repeat", root, notebook)
+    before, after = first.adapter_sha256, done.adapter_sha256
+    if done.state == "finished" and before == after:
+        typer.echo(f"The adapter is byte for byte that of {first.id}: {after}")
+    elif done.state == "finished":
+        typer.echo(f"The adapter differs from that of {first.id}: {after}, not {before}")
     _print_outcome(done, folder, root, notebook)
     if before != after: raise typer.Exit(1)

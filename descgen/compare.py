@@ -68,7 +68,7 @@ def _select_rows(evaluation, rows):
 
 def _same_tokenizer(one, other):
     "Whether two runs have the same tokenizer, or both none"
-    first, second = ((read_manifest(folder).get("model") or {}).get("tokenizer_sha256") for folder in (one, other))
+    first, second = ((read_manifest(folder).model or {}).get("tokenizer_sha256") for folder in (one, other))
     return json.dumps(first) == json.dumps(second)
 
 def compare_metrics(
@@ -127,8 +127,8 @@ def difference_lines(
 # %% ../nbs/73_compare.ipynb #741170b3
 def _loss_curves(manifest):
     "Training and test losses by step, without those that are not finite"
-    history = [{k: v for k, v in step.items() if v is not None} for step in manifest.get("history") or []]
-    return loss_points(history, (manifest.get("test_loss") or {}).get("before"))
+    history = [{k: v for k, v in step.items() if v is not None} for step in manifest.history or []]
+    return loss_points(history, (manifest.test_loss or {}).get("before"))
 
 def plot_curves(
     manifests:dict, # by name

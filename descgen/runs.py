@@ -14,7 +14,8 @@ from pathlib import Path
 
 from .files import MANIFEST, load_manifest, sha256_file, update_manifest, write_manifest, write_text
 from .secrets import clear_secrets, redact
-from .manifest import STARTER_VARIABLE, STATES, environment_info, now, read_manifest, responsible_process
+from .manifest import Manifest, STARTER_VARIABLE, STATES
+from .manifest import environment_info, now, read_manifest, responsible_process
 
 # %% ../nbs/72_runs.ipynb #c8193086
 RUNS = Path("outputs/runs") # the folder of `descgen run`
@@ -26,13 +27,13 @@ def _run_folders(root):
 
 def _run_row(manifest):
     "The list's row for a run"
-    def value(entry, key, kind=(int, float)):
+    def value(entry, key, kind=int|float):
         "A value in an entry; None if it is missing or has another type"
-        found = manifest.get(entry, {}).get(key)
+        found = (entry or {}).get(key)
         return found if isinstance(found, kind) else None
-    return {"id": manifest["id"], "state": manifest["state"], "model": value("decides", "model_id", str),
-        "rows": value("plan", "rows for training"), "steps": value("plan", "steps"),
-        "loss": value("test_loss", "after"), "minutes": manifest.get("minutes"), "why": manifest.get("why")}
+    return {"id": manifest.id, "state": manifest.state, "model": value(manifest.fingerprint, "model_id", str),
+        "rows": value(manifest.plan, "rows"), "steps": value(manifest.plan, "steps"),
+        "loss": value(manifest.test_loss, "after"), "minutes": manifest.minutes, "why": manifest.why}
 
 def list_runs(
     root:str|Path=RUNS, # the folder of runs
@@ -42,7 +43,7 @@ def list_runs(
     "All runs in a folder; ValueError if there is no such state or column"
     if state not in (None, *STATES):
         raise ValueError(f"There is no state {state!r}: choose one of {', '.join(STATES)}.")
-    columns = _run_row({"id": "", "state": ""})
+    columns = _run_row(Manifest(state=""))
     if sort not in columns: raise ValueError(f"Runs cannot be sorted by {sort!r}: choose one of {', '.join(columns)}.")
     rows = [_run_row(read_manifest(f)) for f in _run_folders(root)]
     rows = [row for row in rows if state in (None, row["state"])]
@@ -54,7 +55,7 @@ LATEST = "latest"
 def _last_finished(root):
     "The id of the run that finished last; None if no run is finished"
     manifests = [read_manifest(folder) for folder in _run_folders(root)]
-    ended = [(m.get("ended", ""), m["id"]) for m in manifests if m["state"] == "finished"]
+    ended = [(m.ended or "", m.id) for m in manifests if m.state == "finished"]
     return max(ended)[1] if ended else None
 
 def _match_runs(name, root):
@@ -85,13 +86,13 @@ def find_run(
 
 # %% ../nbs/72_runs.ipynb #f560b44a
 def run_hash(
-    decides:dict, # everything that the result depends on: JSON
+    fingerprint:dict, # everything that the result depends on: JSON
 )->str: # eight hexadecimal digits
     "A short hash of everything that a result depends on"
-    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 def create_run(
-    decides:dict, # everything that the result depends on: JSON
+    fingerprint:dict, # everything that the result depends on: JSON
     name:str="run", # small letters, digits and dashes
     root:str|Path=RUNS, # the folder of runs
     begun:dict|None=None, # from `environment_info`; None: the current one
@@ -100,7 +101,7 @@ def create_run(
     "Create the folder of a new run"
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,40}", name):
         raise ValueError(f"A run's name has at most 41 small letters, digits and dashes, not {name!r}.")
-    run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{name}-{run_hash(decides)}"
+    run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{name}-{run_hash(fingerprint)}"
     temporary = Path(root)/f".{run_id}-{uuid.uuid4().hex}"
     write_manifest(temporary, {"state": "running", "given": given, **(begun or environment_info())})
     for n in range(1, 1000):
@@ -267,7 +268,7 @@ def execute(
     parameters:dict, # for the notebook; its `output_dir` is the folder
     notebook:str|Path="fine_tune_llama3.ipynb", # the notebook to execute
     environ:dict=os.environ, # its secrets are removed from the folder
-)->dict: # the run's manifest
+)->Manifest: # of the run
     "Execute a notebook as a run. KeyboardInterrupt after Ctrl-C, ValueError if another process executes the run"
     with _exclusive_run(folder), _as_responsible_process() as process:
         update_manifest(folder, state="running", process=process, failed=None, notebook=None, files=None, ended=None)
@@ -298,13 +299,13 @@ _PARTS = {
 
 def _compare_entries(one, other, keys):
     "The entries of some keys that differ, by path, with both values; without the run's folder"
-    a, b = (_flatten({key: manifest[key] for key in keys if key in manifest}) for manifest in (one, other))
+    a, b = (_flatten(manifest.model_dump(include=set(keys), exclude_none=True)) for manifest in (one, other))
     paths = [path for path in sorted({*a, *b}) if not path.endswith("output_dir")]
     return {path: (a.get(path), b.get(path)) for path in paths if a.get(path) != b.get(path)}
 
 def differences(
-    one:dict, # a manifest
-    other:dict, # another
+    one:Manifest,
+    other:Manifest, # of another run
 )->dict: # by part and path, both values; parts without a difference are left out
     "The entries in which two runs differ"
     found = {part: _compare_entries(one, other, keys) for part, keys in _PARTS.items()}
@@ -316,8 +317,8 @@ def changed_files(
 )->list[str]: # a line per file that was changed or deleted
     "Files whose hash is not that of the manifest"
     folder, manifest = Path(folder), read_manifest(folder)
-    notebook = manifest.get("notebook", {})
-    hashes = {_WEIGHTS: manifest.get("adapter_sha256"), **manifest.get("files", {})}
+    notebook = manifest.notebook or {}
+    hashes = {_WEIGHTS: manifest.adapter_sha256, **(manifest.files or {})}
     hashes[str(notebook.get("file"))] = notebook.get("sha256")
     lines = []
     for name, sha256 in hashes.items():
@@ -331,23 +332,23 @@ def changed_files(
 # %% ../nbs/72_runs.ipynb #4b9265cb
 def _initial_adapter(manifest):
     "The weights that training started from, and their hash at that time; (None, None) for a new adapter"
-    folder = (manifest.get("given") or {}).get("adapter_path")
+    folder = (manifest.given or {}).get("adapter_path")
     if not folder: return None, None
-    sha256 = (manifest.get("decides") or {}).get("adapter at the start")
+    sha256 = (manifest.fingerprint or {}).get("adapter at the start")
     return Path(os.path.expanduser(folder))/"adapter_model.safetensors", sha256
 
 def _has_hash(path, sha256): return path.is_file() and sha256_file(path) == sha256
 
 def repeat_blockers(
-    manifest:dict, # of the run to repeat
+    manifest:Manifest, # of the run to repeat
     allow:tuple=(), # of "data", "code", "lock", "adapter": what may have changed
     lock:str|Path="requirements.lock", # as in `environment_info`
 )->list[str]: # reasons that the run cannot be repeated
     "What has changed since a run"
-    current, data = environment_info(lock), Path(os.path.expanduser(manifest.get("data_path") or ""))
+    current, data = environment_info(lock), Path(os.path.expanduser(manifest.data_path or ""))
     weights, weights_hash = _initial_adapter(manifest)
-    same = {"data": _has_hash(data, manifest.get("data_sha256")), "code": current["code"] == manifest.get("code"),
-        "lock": current["lock_sha256"] == manifest.get("lock_sha256"),
+    same = {"data": _has_hash(data, manifest.data_sha256), "code": current["code"] == manifest.code,
+        "lock": current["lock_sha256"] == manifest.lock_sha256,
         "adapter": weights is None or _has_hash(weights, weights_hash)}
     commit = (current["code"]["commit"] or "none")[:8] + (" with changes" if current["code"]["changes"] else "")
     reasons = {"data": f"{data} is not the file that the run was trained on",
@@ -378,10 +379,10 @@ def expand_sweep(
     return [base | given | combination for given in sets.values() for combination in combinations]
 
 def find_finished(
-    decides:dict, # as for `create_run`
+    fingerprint:dict, # as for `create_run`
     root:str|Path=RUNS, # the folder of runs
-)->dict|None: # its manifest
+)->Manifest|None: # of that run
     "The last finished run whose result depends on the same"
-    for folder in sorted(Path(root).glob(f"[!.]*-{run_hash(decides)}*"), reverse=True):
+    for folder in sorted(Path(root).glob(f"[!.]*-{run_hash(fingerprint)}*"), reverse=True):
         manifest = read_manifest(folder)
-        if manifest["state"] == "finished": return manifest
+        if manifest.state == "finished": return manifest

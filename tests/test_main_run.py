@@ -6,7 +6,7 @@ import nbformat, pytest
 from conftest import ROOT
 from descgen.evaluation import BASE
 from descgen.files import load_manifest
-from descgen.manifest import MANIFEST_ENTRIES
+from descgen.manifest import Manifest
 from descgen.report import outcome, summary
 from descgen.runs import changed_files
 
@@ -38,7 +38,8 @@ def test_executed_notebook_holds_no_error(run):
 def test_manifest_is_as_documented(run):
     manifest = load_manifest(run)
     assert manifest["state"] == "finished" and manifest["model"]["files"]["model.safetensors"]
-    assert manifest.keys() - {"id"} == MANIFEST_ENTRIES.keys() - {"failed", "resumed_from", "skipped_steps"}
+    documented = Manifest.model_json_schema()["properties"].keys()
+    assert manifest.keys() == documented - {"id", "why", "failed", "resumed_from", "skipped_steps"}
     assert not changed_files(run)
 
 def test_adapter_loads_and_describes(run):
