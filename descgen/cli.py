@@ -201,7 +201,7 @@ def _resume_command(folder, root, notebook):
 
 def _execute(folder, given, root, notebook):
     "Execute into a run's folder, and print its name; the manifest. Ends with 130 after Ctrl-C, as shells do"
-    from descgen.runs import execute
+    from descgen.execute import execute
     command = _resume_command(folder, root, notebook)
     parameters = {name: value for name, value in given.items() if name not in ("output_dir", "overwrite")}
     typer.echo(f"{folder}", err=True)
@@ -338,7 +338,7 @@ def _cell_text(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 def _format_table(head, rows):
-    "A text table with aligned columns"
+    "A text table with aligned columns; rich would truncate ids to the terminal's width and read [brackets] as markup"
     lines = [head] + [list(map(_cell_text, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     aligned = [[text.ljust(width) for text, width in zip(line, widths)] for line in lines]
@@ -373,8 +373,8 @@ def sweep(
     notebook:NotebookOption=NOTEBOOK,
 ):
     "Run all parameter sets of a file that have no finished run yet; ends with 0 only if all runs finished"
-    from descgen.runs import expand_sweep, find_finished
     from descgen.recipe import refuse_converted_text
+    from descgen.sweep import expand_sweep, find_finished
     with _exit_on_error("The sweep stopped"):
         sets = expand_sweep(_read_yaml(path))
         for values in sets:
@@ -399,9 +399,9 @@ def diff(
     as_json:Annotated[bool, typer.Option("--json", help="Print the differences as JSON")]=False,
 ):
     "Print the differences between two runs, and which one is better"
-    from descgen.compare import compare_metrics, difference_lines, write_comparison
+    from descgen.compare import changed_files, compare_metrics, difference_lines, differences, write_comparison
     from descgen.manifest import read_manifest
-    from descgen.runs import changed_files, differences, find_run
+    from descgen.runs import find_run
     with _exit_on_error("Not compared"):
         folders = [find_run(name, root) for name in (one, other)]
         for folder in folders:
@@ -416,7 +416,7 @@ def diff(
 # %% ../nbs/90_cli.ipynb #7be672be
 def _check_repeatable(manifest, allow):
     "ValueError if a run cannot be repeated"
-    from descgen.runs import repeat_blockers
+    from descgen.compare import repeat_blockers
     if manifest.state != "finished":
         raise ValueError(f"{manifest.id} is {manifest.state}: only a finished run can be repeated.")
     missing = " and no ".join(entry for entry in ("given", "adapter_sha256") if getattr(manifest, entry) is None)

@@ -149,6 +149,7 @@ def _print_how_to_resume(folder, shell):
     print("Interrupted. Execute the notebook again with the same parameters: "
           f"the run in {folder} continues from its last checkpoint.")
 
+# %% ../nbs/71_manifest.ipynb #400854d4
 def record_failures(
     folder:str|Path, # of the run
     shell=None, # IPython's; None: the current one, if any

@@ -4,11 +4,11 @@ import html, json
 import nbformat, pytest
 
 from conftest import ROOT
+from descgen.compare import changed_files
 from descgen.evaluation import BASE
 from descgen.files import load_manifest
 from descgen.manifest import Manifest
 from descgen.report import outcome, summary
-from descgen.runs import changed_files
 
 pytestmark = pytest.mark.slow
 
