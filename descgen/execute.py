@@ -49,13 +49,14 @@ def _client_class(): # a function, because Papermill takes as long to import as 
     class TextClient(PapermillNotebookClient):
         def log_output_message(self, output):
             "Print an output; Markdown as text"
-            markdown = output.get("data", {}).get("text/markdown")
-            super().log_output_message(new_output("stream", text=f"\n{''.join(markdown)}\n") if markdown else output)
+            if markdown := output.get("data", {}).get("text/markdown"):
+                output = new_output("stream", text=f"\n{''.join(markdown)}\n")
+            super().log_output_message(output)
     return TextClient
 
 # %% ../nbs/73_execute.ipynb #8724f5d0
 def _section_printer(nb_man, started_cells):
-    "A callback before each cell: print a section before its first code cell, and append the number of the cell to a list"
+    "A callback before each cell: it prints a new section, and appends the cell's number to a list"
     cells, cell_start, start = nb_man.nb.cells, nb_man.cell_start, time.time()
     headings = list(_headings(cells))
     def print_section(cell, index, **more):
@@ -80,8 +81,9 @@ def _register_engine(started_cells):
             nb_man.cell_start = _section_printer(nb_man, started_cells)
             quiet = ["--IPKernelApp.log_level=CRITICAL"] # the kernel reports interruptions before it is shut down
             client = _client_class()(
-                nb_man, kernel_name=kernel_name, stdout_file=options["stdout_file"], stderr_file=options["stderr_file"],
-                startup_timeout=options["start_timeout"], log=logger, extra_arguments=quiet)
+                nb_man, kernel_name=kernel_name, log=logger, extra_arguments=quiet,
+                stdout_file=options["stdout_file"], stderr_file=options["stderr_file"],
+                startup_timeout=options["start_timeout"])
             return client.execute()
     papermill_engines.register("sections", SectionEngine)
     return "sections"
@@ -100,14 +102,15 @@ def _escape_braces(path):
 
 # %% ../nbs/73_execute.ipynb #524d0fc1
 def _run_papermill(notebook, executed, parameters):
-    "Execute a notebook; the manifest's entries (none if it succeeded), and the error to raise after they are written"
+    "Execute a notebook; the manifest's entries (none if it succeeded), and the error to raise at the end"
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     started_cells, paths = [], (_escape_braces(notebook), _escape_braces(executed))
     try:
-        papermill.execute_notebook(*paths, parameters, engine_name=_register_engine(started_cells), progress_bar=False,
-                                   stdout_file=sys.stdout, stderr_file=sys.stderr)
+        papermill.execute_notebook(
+            *paths, parameters, engine_name=_register_engine(started_cells), progress_bar=False,
+            stdout_file=sys.stdout, stderr_file=sys.stderr)
     except PapermillExecutionError as e:
         if e.ename == "KeyboardInterrupt": return {"state": "interrupted"}, KeyboardInterrupt()
         return _failed(e.cell_index + 1, f"{e.ename}: {e.evalue}"), None

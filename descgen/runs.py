@@ -19,7 +19,8 @@ RUNS = Path("outputs/runs") # the folder of `descgen run`
 def _run_folders(root):
     "The folders of runs, without unfinished ones and the link `latest`"
     if not Path(root).is_dir(): return []
-    return sorted(f for f in Path(root).iterdir() if f.is_dir() and not f.is_symlink() and not f.name.startswith("."))
+    folders = [f for f in Path(root).iterdir() if f.is_dir() and not f.is_symlink()]
+    return sorted(f for f in folders if not f.name.startswith("."))
 
 def _run_row(manifest):
     "The list's row for a run"
@@ -41,10 +42,14 @@ def list_runs(
     if state not in (None, *STATES):
         raise ValueError(f"There is no state {state!r}: choose one of {', '.join(STATES)}.")
     columns = _run_row(Manifest(state=""))
-    if sort not in columns: raise ValueError(f"Runs cannot be sorted by {sort!r}: choose one of {', '.join(columns)}.")
+    if sort not in columns:
+        raise ValueError(f"Runs cannot be sorted by {sort!r}: choose one of {', '.join(columns)}.")
     rows = [_run_row(read_manifest(f)) for f in _run_folders(root)]
-    rows = [row for row in rows if state in (None, row["state"])]
-    return sorted(rows, key=lambda row: (row[sort] is None, "" if row[sort] is None else row[sort], row["id"]))
+    if state:
+        rows = [row for row in rows if row["state"] == state]
+    with_value = sorted((row for row in rows if row[sort] is not None), key=lambda row: (row[sort], row["id"]))
+    without_value = sorted((row for row in rows if row[sort] is None), key=lambda row: row["id"])
+    return with_value + without_value
 
 # %% ../nbs/72_runs.ipynb #3834c31c
 LATEST = "latest"
@@ -80,7 +85,7 @@ def find_run(
     if folder.is_dir(): raise ValueError(f"{name!r} is not the folder of a run: it has no {MANIFEST}.")
     command = "descgen runs" if Path(root) == RUNS else f"descgen runs --root {shlex.quote(str(root))}"
     raise ValueError(f"No run {name!r}: it is not an id in {root} or the beginning of one, nor the folder of a run. "
-        f"`{command}` lists all runs.")
+                     f"`{command}` lists all runs.")
 
 # %% ../nbs/72_runs.ipynb #f560b44a
 def run_hash(

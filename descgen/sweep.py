@@ -20,18 +20,19 @@ def _as_mapping(what, value):
     return value or {}
 
 def expand_sweep(
-    sweep:dict, # `base`: common parameters; `grid`: lists of values by parameter; `sets`: parameters by the set's name
+    sweep:dict, # `base`: common parameters; `grid`: values by parameter; `sets`: parameters by the set's name
 )->list[dict]: # the parameters of each run
     "The parameter sets of a sweep; ValueError if the sweep has another form"
     sweep = _as_mapping("A sweep", sweep)
-    unknown = ", ".join(str(part) for part in sweep if part not in ("base", "grid", "sets"))
-    if unknown: raise ValueError(f"A sweep can have base, grid and sets, but not {unknown}.")
-    base, grid, sets = (_as_mapping(f"A sweep's {part}", sweep.get(part)) for part in ("base", "grid", "sets"))
-    sets = {name: _as_mapping(f"The set {name!r}", given) for name, given in sets.items()} or {"": {}}
-    wrong = ", ".join(str(name) for name, values in grid.items() if not isinstance(values, list) or not values)
-    if wrong: raise ValueError(f"A grid needs a list of values for each parameter; {wrong} has none.")
+    parts = ("base", "grid", "sets")
+    unknown = [str(part) for part in sweep if part not in parts]
+    if unknown: raise ValueError(f"A sweep can have base, grid and sets, but not {', '.join(unknown)}.")
+    base, grid, sets = [_as_mapping(f"A sweep's {part}", sweep.get(part)) for part in parts]
+    sets = [_as_mapping(f"The set {name!r}", given) for name, given in sets.items()] or [{}]
+    wrong = [str(name) for name, values in grid.items() if not isinstance(values, list) or not values]
+    if wrong: raise ValueError(f"A grid needs a list of values for each parameter; {', '.join(wrong)} has none.")
     combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    return [base | given | combination for given in sets.values() for combination in combinations]
+    return [base | given | combination for given in sets for combination in combinations]
 
 # %% ../nbs/75_sweep.ipynb #7d20d581
 def find_finished(
