@@ -44,6 +44,7 @@ def _exit_on_error(what):
         typer.echo(f"{what}: {_error_text(e)}", err=True)
         raise typer.Exit(1)
 
+# %% ../nbs/90_cli.ipynb #012c5330
 RootOption = Annotated[Path, typer.Option(help="The folder of runs")]
 NotebookOption = Annotated[Path, typer.Option(help="The notebook to execute")]
 NOTEBOOK = Path("fine_tune_llama3.ipynb")
@@ -137,6 +138,7 @@ def _read_yaml(path):
         raise ValueError(f"{path} is not a YAML file, {_yaml_problem(e)}. "
             "Put text in quotes if it contains one of : # [ ] { } * & @ !") from None
 
+# %% ../nbs/90_cli.ipynb #c140e048
 def _read_recipe(path):
     "A recipe file's parameters"
     from descgen.recipe import refuse_converted_text
@@ -147,6 +149,7 @@ def _read_recipe(path):
     refuse_converted_text(values, path)
     return values
 
+# %% ../nbs/90_cli.ipynb #f2ca9f2f
 def _merge_parameters(recipes, pairs):
     "Parameters of recipes and of pairs of name and text, and a line for each value that a later one overrides"
     from descgen.secrets import refuse_secrets
@@ -178,6 +181,7 @@ def _check_data(recipe):
         load_data(path, **options)
     return path
 
+# %% ../nbs/90_cli.ipynb #69e56852
 def _check_parameters(values, notebook):
     "All parameters of a run, and what its result depends on; ValueError or FileNotFoundError if it cannot run"
     from descgen.files import sha256_file
@@ -213,6 +217,7 @@ def _execute(folder, given, root, notebook):
         typer.echo(f"Interrupted. Continue from the last checkpoint with: {command}", err=True)
         raise typer.Exit(130)
 
+# %% ../nbs/90_cli.ipynb #8dd3db06
 def _start(values, name, root, notebook):
     "Create a run and execute it; the folder and the manifest"
     from descgen.runs import create_run
@@ -232,6 +237,7 @@ def _read_verdict(folder):
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None # from another version
 
+# %% ../nbs/90_cli.ipynb #0d4fdde8
 def _previous_run(folder):
     "The id of the last finished run before this one in the same folder of runs; None if there is none"
     from descgen.runs import list_runs
@@ -253,12 +259,14 @@ def _finished_lines(folder, root):
     paths = [f"{label:10}{folder/name}" for label, name in files if (folder/name).exists()]
     return [*([verdict] if verdict else []), *paths, *_next_commands(folder, root)]
 
+# %% ../nbs/90_cli.ipynb #cd5bd586
 def _would_fail_again(manifest, folder):
     "Whether a run failed because of its parameters or data, before its first checkpoint"
     error = (manifest.failed or {}).get("error", "").split(":")[0]
     has_checkpoint = any(folder.glob("checkpoint-*"))
     return error in ("ValueError", "FileNotFoundError", "FileExistsError") and not has_checkpoint
 
+# %% ../nbs/90_cli.ipynb #b70b31bc
 def _print_outcome(manifest, folder, root, notebook):
     "Print how a run ended; ends with 1 if it is not finished"
     failed = manifest.failed or {}
@@ -288,6 +296,7 @@ Pairs = Annotated[list[str]|None, typer.Option("--parameters", "-p", parser=_kee
 Recipes = Annotated[list[Path]|None, typer.Option("--file", "-f",
     help="A recipe: a YAML file of parameters; can be given several times")]
 
+# %% ../nbs/90_cli.ipynb #8934d932
 @app.command("run", cls=_TwoWordOption, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(
     ctx:typer.Context,
@@ -344,6 +353,7 @@ def _format_table(head, rows):
     aligned = [[text.ljust(width) for text, width in zip(line, widths)] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in aligned)
 
+# %% ../nbs/90_cli.ipynb #73f1c2d8
 @app.command("runs")
 def runs(
     state:Annotated[str|None, typer.Option(
@@ -365,6 +375,7 @@ def _varied_parameters(sets):
     names = dict.fromkeys(name for values in sets for name in values)
     return [name for name in names if len({json.dumps(values.get(name)) for values in sets}) > 1]
 
+# %% ../nbs/90_cli.ipynb #faa5a7a3
 @app.command("sweep")
 def sweep(
     path:Annotated[Path, typer.Argument(help="A YAML file with base, grid and sets")],
@@ -424,6 +435,7 @@ def _check_repeatable(manifest, allow):
     blockers = "; ".join(repeat_blockers(manifest, tuple(allow or ())))
     if blockers: raise ValueError(f"{blockers}. Allow such a change with --allow data, code, lock or adapter.")
 
+# %% ../nbs/90_cli.ipynb #1b0d6952
 @app.command("repeat")
 def repeat(
     name:Run,
