@@ -258,12 +258,14 @@ def write_comparison(
 # %% ../nbs/74_compare.ipynb #4b9265cb
 def _initial_adapter(manifest):
     "The weights that training started from, and their hash at that time; (None, None) for a new adapter"
-    folder = (manifest.given or {}).get("adapter_path")
+    given, fingerprint = manifest.given or {}, manifest.fingerprint or {}
+    folder = given.get("adapter_path")
     if not folder: return None, None
-    sha256 = (manifest.fingerprint or {}).get("adapter at the start")
-    return Path(os.path.expanduser(folder))/"adapter_model.safetensors", sha256
+    return Path(os.path.expanduser(folder))/"adapter_model.safetensors", fingerprint.get("adapter at the start")
 
-def _has_hash(path, sha256): return path.is_file() and sha256_file(path) == sha256
+def _has_hash(path, sha256):
+    "Whether a file exists and has this hash"
+    return path.is_file() and sha256_file(path) == sha256
 
 # %% ../nbs/74_compare.ipynb #abb32c96
 def _commit_text(code):

@@ -22,6 +22,7 @@ def _run_folders(root):
     folders = [f for f in Path(root).iterdir() if f.is_dir() and not f.is_symlink()]
     return sorted(f for f in folders if not f.name.startswith("."))
 
+# %% ../nbs/72_runs.ipynb #c16eb18a
 def _run_row(manifest):
     "The list's row for a run"
     def value(entry, key, kind=int|float):
