@@ -21,51 +21,60 @@ _QUANTILES = (0, .05, .25, .5, .75, .95, 1)
 
 def _length_quantiles(numbers):
     "Quantiles of some lengths, and the sorted lengths"
-    quantiles = np.quantile(numbers, _QUANTILES, method="nearest") if len(numbers) else [0]*len(_QUANTILES)
-    named = {f"{share:.0%}": int(length) for share, length in zip(_QUANTILES, quantiles)}
-    return {"quantiles": named, "lengths": sorted(map(int, numbers))}
+    quantiles = [0]*len(_QUANTILES)
+    if len(numbers):
+        quantiles = np.quantile(numbers, _QUANTILES, method="nearest").tolist()
+    names = [f"{share:.0%}" for share in _QUANTILES]
+    return {"quantiles": dict(zip(names, quantiles)), "lengths": sorted(numbers)}
 
+# %% ../nbs/22_data_report.ipynb #1db0c61a
 def _languages(texts):
     "Number of texts per language; \"unclear\" if no language is more likely than all others, or is rare"
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    guesses = map(identifier.classify, texts)
-    counts = Counter(name if probability > 0.5 else "unclear" for name, probability in guesses)
-    rare = [name for name, n in counts.items() if name != "unclear" and n < 0.02*len(texts)]
-    counts["unclear"] += sum(counts.pop(name) for name in rare)
+    counts = Counter()
+    for text in texts:
+        name, probability = identifier.classify(text)
+        counts[name if probability > 0.5 else "unclear"] += 1
+    for name, n in list(counts.items()):
+        if name != "unclear" and n < 0.02*len(texts):
+            counts["unclear"] += counts.pop(name)
     return {name: n for name, n in counts.most_common() if n}
 
+# %% ../nbs/22_data_report.ipynb #8c0c82e2
 def _variants(contents):
     "Number of groups of contents that differ in one word, number of their rows, and the words"
     groups = find_variants(contents)
     is_number = pl.element().str.contains(r"\d")
-    differ_in_number = groups["words"].list.eval(is_number).list.all()
+    in_number = groups["words"].list.eval(is_number).list.all()
     words = []
     if groups.height:
-        other_words = groups.filter(~differ_in_number)["words"].explode(empty_as_null=False)
+        other_words = groups.filter(~in_number)["words"].explode(empty_as_null=False)
         words = other_words.value_counts(sort=True)["words"].to_list()
     return {
         "groups": groups.height,
         "rows": groups["rows"].explode(empty_as_null=False).n_unique(),
-        "in_number": int(differ_in_number.sum()),
+        "in_number": int(in_number.sum()),
         "words": words[:10]}
 
+# %% ../nbs/22_data_report.ipynb #4da0f708
 def _repeated_sentences(contents, n=10):
     "The most frequent sentences: those in at least 1 % of the contents, and in at least five"
     counts = count_sentences(contents)
     frequent = counts.filter(pl.col("texts") >= max(5, 0.01*len(contents)))
     first = frequent.sort(["texts", "sentence"], descending=[True, False]).head(n)
-    return [{"share": round(times/len(contents), 4), "rows": times, "sentence": sentence}
-            for sentence, times in first.rows()]
+    share = (pl.col("texts")/len(contents)).round(4)
+    return first.select(share=share, rows="texts", sentence="sentence").to_dicts()
 
+# %% ../nbs/22_data_report.ipynb #a0047e80
 def cleaning_examples(
     data, # from `load_data`
 )->list[dict]: # `line`, `title`, `content`, `clean_title`, `clean_content`
     "The ten sampled rows, as they are in the file and after cleaning"
     rows = pl.DataFrame(data.examples, schema={"line": pl.UInt32, "title": pl.String, "content": pl.String})
     cleaned = clean_rows(rows, list(data.changed), data.sentences)[0]
-    pairs = zip(data.examples, cleaned["title"], cleaned["content"])
-    return [{**before, "clean_title": title, "clean_content": content} for before, title, content in pairs]
+    clean = cleaned.select(clean_title="title", clean_content="content")
+    return pl.concat([rows, clean], how="horizontal").to_dicts()
 
 # %% ../nbs/22_data_report.ipynb #c006
 @dataclass(frozen=True)
@@ -144,12 +153,14 @@ def _plot_funnel(ax, funnel):
     "One bar for each count above 0; removed rows in another colour"
     bars = {label: n for label, n in funnel.labelled().items() if n}
     not_removed = [FUNNEL_LABELS[name] for name in ("lines_read", "train", "test")]
-    ax.barh(list(bars), list(bars.values()), color=["tab:blue" if k in not_removed else "tab:orange" for k in bars])
+    colors = ["tab:blue" if label in not_removed else "tab:orange" for label in bars]
+    ax.barh(list(bars), list(bars.values()), color=colors)
     ax.invert_yaxis()
     ax.set(xlabel="rows")
     ax.bar_label(ax.containers[0], fmt="{:,.0f}", padding=3)
     ax.margins(x=.2)
 
+# %% ../nbs/22_data_report.ipynb #ca7c6631
 def plot_data_report(
     report:DataReport, # from `data_report`
 ): # a matplotlib figure
@@ -159,7 +170,8 @@ def plot_data_report(
     _plot_funnel(axes[0, 0], report.funnel)
     _histogram(axes[0, 1], report.content_characters["lengths"], "characters in a content")
     _histogram(axes[1, 0], report.title_characters["lengths"], "characters in a title")
-    _histogram(axes[1, 1], report.example_tokens["lengths"], "tokens in an example", report.max_length)
+    tokens = report.example_tokens["lengths"]
+    _histogram(axes[1, 1], tokens, "tokens in an example", report.max_length)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
@@ -183,6 +195,7 @@ def _example_text(e):
         after = "(unchanged)"
     return f"  line {e['line']}\n    {before}\n    {after}"
 
+# %% ../nbs/22_data_report.ipynb #2b0dcc92
 def _variants_text(variants):
     "The variants in words"
     if not variants["groups"]: return "Variants: none"
@@ -215,6 +228,7 @@ def _lengths_text(report):
                  f"{report.titles_too_long} titles leave no room for a content")
     return "\n".join(lines)
 
+# %% ../nbs/22_data_report.ipynb #47a8a99e
 def data_report_text(
     report:DataReport, # from `data_report`
 )->str: # several lines

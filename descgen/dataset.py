@@ -82,11 +82,13 @@ def _unusable_reason(rows):
     content, title = pl.col("content"), pl.col("title")
     number = pl.when(content == "").then(1).when(title == "").then(2).otherwise(0)
     reason = rows.select(number.cast(pl.UInt8)).to_series()
-    is_short = (content != "") & (title != "") & (content.str.len_bytes() < title.str.len_bytes() + 20)
-    short = rows.select(is_short).to_series().arg_true()
-    repeats_title = rows[short].select(_letters_and_digits("content") == _letters_and_digits("title")).to_series()
-    return reason.scatter(short.filter(repeats_title), 3)
+    little_more = content.str.len_bytes() < title.str.len_bytes() + 20
+    short = rows.select((content != "") & (title != "") & little_more).to_series().arg_true()
+    repeats_title = _letters_and_digits("content") == _letters_and_digits("title")
+    found = rows[short].select(repeats_title).to_series()
+    return reason.scatter(short.filter(found), 3)
 
+# %% ../nbs/14_dataset.ipynb #b87598ed
 def _row_index(rows, changed):
     "The index of some rows: what selecting and splitting need to know of each"
     return pl.DataFrame({
@@ -102,8 +104,9 @@ def _row_index(rows, changed):
 def _sample_rows(rows, n=10):
     "Up to `n` rows as they are in the file, those with the lowest hash of the line number, as pairs (hash, row)"
     hashes = splitmix64(rows["line"].to_numpy(), 0)
-    shown = rows.select("line", "title", "content")
-    return [(int(hashes[i]), shown.row(int(i), named=True)) for i in np.argsort(hashes)[:n]]
+    lowest = np.argsort(hashes)[:n]
+    shown = rows[lowest].select("line", "title", "content")
+    return list(zip(hashes[lowest].tolist(), shown.to_dicts()))
 
 def _prepare_part(parse, steps, sentences, part, strict, path):
     "Parse, clean and write one part; returns its index, its rejected lines and some rows as they are in the file"
@@ -125,6 +128,7 @@ def _map_in_order(pool, function, items, ahead):
     for job in waiting:
         yield job.result()
 
+# %% ../nbs/14_dataset.ipynb #5aebfd0e
 def _repeated_sentences(source, steps, share=0.01, least=5):
     "The sentences that the step `repeated_sentences` removes: those in enough of the different contents"
     if "repeated_sentences" not in steps: return []
@@ -137,8 +141,10 @@ def _repeated_sentences(source, steps, share=0.01, least=5):
         n += len(contents)
     totals = pl.concat(counts).group_by("sentence").agg(pl.col("texts").sum())
     frequent = totals.filter(pl.col("texts") >= max(least, share*n))
-    return frequent.sort(["texts", "sentence"], descending=[True, False])["sentence"].to_list()
+    frequent = frequent.sort(["texts", "sentence"], descending=[True, False])
+    return frequent["sentence"].to_list()
 
+# %% ../nbs/14_dataset.ipynb #4a38c4cc
 def _prepare(source, folder, steps, strict):
     "Write index, rows, rejected lines and examples of a file into a folder"
     cores = os.cpu_count() or 1
@@ -183,37 +189,6 @@ def _set_name(source, steps):
     cleaning = ".".join(s[:2] for s in STEPS if s in steps) or "raw"
     return f"{_file_key(source.path)}-{cleaning}{reading}-{_code_key()}"
 
-def prepare_file(
-    path:str|Path, # any file that `inspect_file` knows
-    steps:list[str]=DEFAULT_STEPS, # cleaning steps
-    strict:bool=False, # raise an error at the first line that is not a row
-    cache:str|Path|None=None, # folder for prepared sets; None: `prepared` in the user's cache folder
-    title_field:str="auto", # name of the title column; "auto": the column with a known name
-    content_field:str="auto", # name of the content column, in the same way
-    encoding:str="auto", # "auto": UTF-8, or UTF-16 if the file has a byte-order mark
-)->Path: # the folder of the prepared set
-    "The prepared set of a file, made if it does not exist; if several processes need it at once, one of them makes it"
-    cache = Path(cache or cache_folder()/"prepared")
-    cache.mkdir(parents=True, exist_ok=True)
-    before = os.stat(path).st_mtime_ns
-    source = inspect_file(path, title_field, content_field, encoding)
-    if source.format != "jsonl" or source.fields != DEFAULT_FIELDS:
-        print(source)
-    folder = cache/_set_name(source, steps)
-    with _exclusive_lock(folder):
-        if _is_prepared(folder, path, strict): return folder
-        unfinished = folder.with_name(f".{folder.name}.new")
-        shutil.rmtree(unfinished, ignore_errors=True) # a killed process may have left one
-        unfinished.mkdir()
-        try:
-            _prepare(source, unfinished, steps, strict)
-            if os.stat(path).st_mtime_ns != before:
-                raise ValueError(f"{path} was changed while it was read. Start again when it is complete.")
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
-
 # %% ../nbs/14_dataset.ipynb #c012
 def _exclusive_lock(folder):
     "A lock that one process holds at a time; the operating system releases it when the process ends or is killed"
@@ -233,6 +208,43 @@ def _is_prepared(folder, path, strict):
         if first_rejected: raise_bad_line(path, json.loads(first_rejected))
     print(f"Reusing the prepared rows of {Path(path).name}")
     return True
+
+# %% ../nbs/14_dataset.ipynb #e3f85689
+def _prepare_new(source, folder, steps, strict, before):
+    "Make a prepared set: complete, or not at all"
+    unfinished = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(unfinished, ignore_errors=True) # a killed process may have left one
+    unfinished.mkdir()
+    try:
+        _prepare(source, unfinished, steps, strict)
+        if os.stat(source.path).st_mtime_ns != before:
+            raise ValueError(f"{source.path} was changed while it was read. Start again when it is complete.")
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+# %% ../nbs/14_dataset.ipynb #41a3baa2
+def prepare_file(
+    path:str|Path, # any file that `inspect_file` knows
+    steps:list[str]=DEFAULT_STEPS, # cleaning steps
+    strict:bool=False, # raise an error at the first line that is not a row
+    cache:str|Path|None=None, # folder for prepared sets; None: `prepared` in the user's cache folder
+    title_field:str="auto", # name of the title column; "auto": the column with a known name
+    content_field:str="auto", # name of the content column, in the same way
+    encoding:str="auto", # "auto": UTF-8, or UTF-16 if the file has a byte-order mark
+)->Path: # the folder of the prepared set
+    "The prepared set of a file, made if it does not exist; if several processes need it at once, one of them makes it"
+    cache = Path(cache or cache_folder()/"prepared")
+    cache.mkdir(parents=True, exist_ok=True)
+    before = os.stat(path).st_mtime_ns
+    source = inspect_file(path, title_field, content_field, encoding)
+    if source.format != "jsonl" or source.fields != DEFAULT_FIELDS:
+        print(source)
+    folder = cache/_set_name(source, steps)
+    with _exclusive_lock(folder):
+        if not _is_prepared(folder, path, strict):
+            _prepare_new(source, folder, steps, strict, before)
+    return folder
 
 # %% ../nbs/14_dataset.ipynb #08064000
 @dataclass(frozen=True)
@@ -328,6 +340,7 @@ def _searches_near(settings, n):
         print(f"{n:,} usable rows are more than near_up_to={settings.near_up_to:,}: only exact duplicates are removed")
     return n <= settings.near_up_to
 
+# %% ../nbs/14_dataset.ipynb #9a0e8938
 def _row_splits(index, keys, pairs, test_size, seed):
     "The split of each row as `assign_splits` returns it; up to 20 rows give no test row, more give at least one"
     title_hashes = index["title_number"].to_numpy()
@@ -337,6 +350,7 @@ def _row_splits(index, keys, pairs, test_size, seed):
         is_test = title_hashes == title_hashes[np.argmin(splitmix64(title_hashes, seed))]
     return assign_splits(is_test, list(keys.values()), list(pairs.values()))
 
+# %% ../nbs/14_dataset.ipynb #f4dbf07c
 def _test_set_remark(n_train, n_test, usable, test_size):
     "Why there is no test set, or that it is too small to judge a run; \"\" if it is large enough"
     n, enough = n_train + n_test, 10
@@ -427,11 +441,14 @@ def _raise_no_rows(path, folder, funnel):
     counts = ", ".join(f"{k}: {v:,}" for k, v in funnel.labelled().items() if v or k == "lines read")
     raise ValueError(f"{path}: no row to train on ({counts}).{why} A row needs a title and a content.")
 
+# %% ../nbs/14_dataset.ipynb #9402d172
 def _most_repeated(index, table, n=5):
     "The most frequent contents and their numbers of rows"
-    counts = index.group_by("content_key").agg(pl.len().alias("times"), pl.col("row").min()).filter(pl.col("times") > 1)
+    counts = index.group_by("content_key").agg(pl.len().alias("times"), pl.col("row").min())
+    counts = counts.filter(pl.col("times") > 1)
     top = counts.sort(["times", "row"], descending=[True, False]).head(n)
-    return [{"times": t, "content": table["content"][row].as_py()} for t, row in top.select("times", "row").iter_rows()]
+    contents = [table["content"][row].as_py() for row in top["row"]]
+    return [{"times": times, "content": content} for times, content in zip(top["times"], contents)]
 
 def _changed_by_step(changed, steps):
     "For each cleaning step the number of rows that it changed: step i sets bit i"
