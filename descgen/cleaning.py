@@ -178,11 +178,13 @@ def _apply_steps(rows, changed, pattern, names):
     part, bits = rows[found], changed.gather(found)
     for name in names:
         old = part
-        part = part.with_columns(STEPS[name](part[key]).alias(key) for key in ("title", "content"))
+        part = part.with_columns(STEPS[name](part["title"]), STEPS[name](part["content"]))
         is_changed = (part["title"] != old["title"]) | (part["content"] != old["content"])
         bits = bits | _step_bit(is_changed, name)
-    columns = [rows[key].clone().scatter(found, part[key]).alias(key) for key in ("title", "content")]
-    return rows.with_columns(columns), changed.scatter(found, bits)
+    for key in ("title", "content"):
+        column = rows[key].clone().scatter(found, part[key])
+        rows = rows.with_columns(column.alias(key))
+    return rows, changed.scatter(found, bits)
 
 # %% ../nbs/12_cleaning.ipynb #c024
 def _remove_repeated_sentences(rows, changed, sentences):
@@ -193,17 +195,21 @@ def _remove_repeated_sentences(rows, changed, sentences):
 def _to_one_line(titles):
     return titles.str.replace_all(r"\s*[\r\n]\s*", " ")
 
+# %% ../nbs/12_cleaning.ipynb #c866737f
 def clean_rows(
     rows:pl.DataFrame, # with `title` and `content`, from `parse_block`
     steps:list[str]=DEFAULT_STEPS, # names of the steps to take; their order is fixed
     sentences:list[str]=(), # those that `repeated_sentences` removes from contents
 )->tuple[pl.DataFrame, pl.Series]: # the clean rows, stripped; for each the steps that changed it, bit i for step i
     "Rows as clean text; ValueError names a step that does not exist"
-    if unknown := set(steps) - set(STEPS):
-        raise ValueError(f"{sorted(unknown)[0]!r} is not a cleaning step. Choose from: {', '.join(STEPS)}")
-    markup = [n for n in _MARKUP if n in steps]
-    others = [n for n in DEFAULT_STEPS if n in steps and n not in _MARKUP]
-    rows, changed = _apply_steps(rows, pl.zeros(rows.height, pl.UInt8, eager=True), "[&<]", markup)
+    unknown = sorted(set(steps) - set(STEPS))
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not a cleaning step. Choose from: {', '.join(STEPS)}")
+    chosen = [name for name in DEFAULT_STEPS if name in steps]
+    markup = [name for name in chosen if name in _MARKUP]
+    others = [name for name in chosen if name not in _MARKUP]
+    changed = pl.zeros(rows.height, pl.UInt8, eager=True)
+    rows, changed = _apply_steps(rows, changed, "[&<]", markup)
     rows, changed = _apply_steps(rows, changed, _needs_cleaning(), others)
     if len(sentences) and "repeated_sentences" in steps:
         rows, changed = _remove_repeated_sentences(rows, changed, sentences)

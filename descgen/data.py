@@ -272,22 +272,33 @@ def _raise_if_repeated(path, columns, fields):
         if columns.count(name) > 1:
             raise ValueError(f"{path} has {columns.count(name)} columns named {name!r}. Rename all but one.")
 
+# %% ../nbs/11_data.ipynb #9cd41168
+def _header_end(text, body):
+    "How many bytes of a table are before its first record, and the line of that record"
+    ends = _record_ends(body.encode())
+    header = body.encode() if not len(ends) else body.encode()[:int(ends[0]) + 1]
+    before = text[:len(text) - len(body)].encode() + header
+    return len(before), 1 + before.count(b"\n")
+
+# %% ../nbs/11_data.ipynb #739b6a05
 def _inspect_csv(path, text, encoding, given):
     "How to read a CSV file"
     hint = re.match(r"\ufeff?sep=(.)\r?\n", text) # a first line that only Excel writes
-    separator = hint[1] if hint else _choose_separator(text)
-    body = text[hint.end():] if hint else text
-    records = _read_records(body.lstrip("\ufeff"), separator or ",", 101)
+    body = text
+    if hint:
+        body, separator = text[hint.end():], hint[1]
+    else:
+        separator = _choose_separator(text)
+    separator = separator or ","
+    records = _read_records(body.lstrip("\ufeff"), separator, 101)
     columns = [c.strip() for c in records[0]] if records else []
-    filled = {c for r in records[1:] for c, v in zip(columns, r) if v.strip()}
+    filled = set()
+    for record in records[1:]:
+        filled |= {column for column, value in zip(columns, record) if value.strip()}
     fields = choose_fields(path, columns, filled, *given)
     _raise_if_repeated(path, columns, fields)
-    all_bytes, body_bytes = text.encode(), body.encode()
-    ends = _record_ends(body_bytes)
-    header_size = int(ends[0]) + 1 if len(ends) else len(body_bytes)
-    skip = len(all_bytes) - len(body_bytes) + header_size
-    first = 1 + all_bytes[:skip].count(b"\n")
-    return Source(Path(path), "csv", encoding, fields, tuple(columns), separator or ",", skip, first)
+    skip, first = _header_end(text, body)
+    return Source(Path(path), "csv", encoding, fields, tuple(columns), separator, skip, first)
 
 # %% ../nbs/11_data.ipynb #006032d2
 def _read_first_items(path, encoding, n=100):
@@ -338,9 +349,12 @@ def _is_regular(block, separator):
     if len(quotes) % 2: return False
     returns = _outside_quotes(np.flatnonzero(data == ord("\r")), quotes)
     if (data[returns + 1] != ord("\n")).any(): return False
-    before, after = data[quotes[0::2] - 1], data[quotes[1::2] + 1]
     allowed = [ord(separator), ord("\n"), ord('"')]
-    return bool(np.isin(before, allowed).all() and np.isin(after, [*allowed, ord("\r")]).all())
+    before = data[quotes[0::2] - 1]
+    after = data[quotes[1::2] + 1]
+    begins = np.isin(before, allowed).all()
+    ends = np.isin(after, [*allowed, ord("\r")]).all()
+    return bool(begins and ends)
 
 def _field_counts(block, separator, ends):
     "How many fields each record has"

@@ -79,7 +79,8 @@ def _letters_and_digits(column):
 
 def _unusable_reason(rows):
     "For each row the number of the reason why it cannot be used, 0 if it can"
-    content, title = pl.col("content"), pl.col("title")
+    content = pl.col("content")
+    title = pl.col("title")
     number = pl.when(content == "").then(1).when(title == "").then(2).otherwise(0)
     reason = rows.select(number.cast(pl.UInt8)).to_series()
     little_more = content.str.len_bytes() < title.str.len_bytes() + 20
@@ -145,21 +146,25 @@ def _repeated_sentences(source, steps, share=0.01, least=5):
     return frequent["sentence"].to_list()
 
 # %% ../nbs/14_dataset.ipynb #4a38c4cc
-def _prepare(source, folder, steps, strict):
-    "Write index, rows, rejected lines and examples of a file into a folder"
+def _write_parts(source, folder, steps, sentences, strict):
+    "Write the rows and the rejected lines of a file; yields index, rejected lines and examples of each part"
     cores = os.cpu_count() or 1
-    sentences = _repeated_sentences(source, steps)
     jobs = ((parse, steps, sentences, folder/f"rows-{n:05d}.arrow", strict, source.path)
             for n, parse in enumerate(read_parts(source)))
-    indexes, examples, n_rejected = [], [], 0
     with ThreadPoolExecutor(cores) as pool, open(folder/"rejected.jsonl", "w", encoding="utf-8") as out:
-        for index, rejected, sampled in _map_in_order(pool, _prepare_part, jobs, cores):
-            indexes.append(index)
-            n_rejected += len(rejected)
-            examples = sorted(examples + sampled, key=lambda e: e[0])[:10]
+        for index, rejected, examples in _map_in_order(pool, _prepare_part, jobs, cores):
             out.write(to_jsonl(rejected))
-    if not indexes:
-        indexes = [_row_index(pl.DataFrame(schema=ROW_SCHEMA), pl.Series([], dtype=pl.UInt8))]
+            yield index, rejected, examples
+
+def _prepare(source, folder, steps, strict):
+    "Write index, rows, rejected lines and examples of a file into a folder"
+    sentences = _repeated_sentences(source, steps)
+    empty = _row_index(pl.DataFrame(schema=ROW_SCHEMA), pl.Series([], dtype=pl.UInt8))
+    indexes, examples, n_rejected = [empty], [], 0
+    for index, rejected, sampled in _write_parts(source, folder, steps, sentences, strict):
+        indexes.append(index)
+        n_rejected += len(rejected)
+        examples = sorted(examples + sampled, key=lambda e: e[0])[:10]
     pl.concat(indexes).write_ipc(folder/"index.arrow")
     rows = [row for _, row in examples]
     about = {"rejected": n_rejected, "steps": list(steps), "sentences": sentences, "examples": rows}
@@ -291,14 +296,23 @@ def _remove_rows(left, mask, lost, reason):
     lost[reason] = int(removed.sum())
     return left & ~mask
 
+def _sample_mask(lines, n, seed):
+    "A mask of `n` rows: those with the lowest hash of the line number"
+    order = np.argsort(splitmix64(lines, seed), kind="stable")
+    mask = np.zeros(len(lines), bool)
+    mask[order[:n]] = True
+    return mask
+
+# %% ../nbs/14_dataset.ipynb #17d396a6
 def _select_usable(index, settings):
     "A mask of the usable rows, and the number of other rows by reason"
-    left, lost = np.ones(index.height, bool), {}
+    left = np.ones(index.height, bool)
+    lost = {}
     if 0 <= settings.max_rows < index.height:
-        order = np.argsort(splitmix64(index["line"].to_numpy(), settings.seed), kind="stable")
-        is_sampled = np.isin(np.arange(index.height), order[:settings.max_rows])
+        is_sampled = _sample_mask(index["line"].to_numpy(), settings.max_rows, settings.seed)
         left = _remove_rows(left, ~is_sampled, lost, "not_sampled")
-    reason, chars = index["reason"].to_numpy(), index["chars"].to_numpy()
+    reason = index["reason"].to_numpy()
+    chars = index["chars"].to_numpy()
     for number, name in enumerate(UNUSABLE_REASONS[1:], 1):
         if name != "only_title" or settings.drop_echoes:
             left = _remove_rows(left, reason == number, lost, name)
@@ -307,12 +321,20 @@ def _select_usable(index, settings):
     return left, lost
 
 # %% ../nbs/14_dataset.ipynb #c022
+def _read_index(folder):
+    "What was written about a prepared set, and its index with the numbers of the cached rows"
+    about = json.loads((folder/"about.json").read_text(encoding="utf-8"))
+    index = pl.read_ipc(folder/"index.arrow")
+    is_cached = ~pl.col("reason").is_in([1, 2])
+    return about, index.with_columns(row=is_cached.cum_sum() - 1)
+
 def _cached_rows(folder):
     "The rows of a prepared set as an Arrow table on the disk"
     import pyarrow as pa
     files = [pa.memory_map(str(path)) for path in sorted(folder.glob("rows-*.arrow"))]
     return pa.concat_tables([pa.ipc.open_file(f).read_all() for f in files])
 
+# %% ../nbs/14_dataset.ipynb #64c6248e
 def _save_near_duplicates(path, table, rows, threshold):
     "Search some rows for pairs of near-duplicate titles and contents, and save them"
     arrays = {}
@@ -333,12 +355,14 @@ def _near_duplicates(folder, table, rows, threshold):
         return {key: (saved[f"{key}0"], saved[f"{key}1"]) for key in SHINGLE_WIDTH}
 
 # %% ../nbs/14_dataset.ipynb #c023
-def _searches_near(settings, n):
-    "Whether near-duplicates are searched for among `n` rows: only up to `near_up_to` rows"
-    if settings.duplicates != "near": return False
+def _find_pairs(folder, table, index, settings):
+    "The pairs of near-duplicates; empty if `duplicates` is not \"near\", or if there are more than `near_up_to` rows"
+    n = index.height
+    if settings.duplicates != "near": return {}
     if n > settings.near_up_to:
         print(f"{n:,} usable rows are more than near_up_to={settings.near_up_to:,}: only exact duplicates are removed")
-    return n <= settings.near_up_to
+        return {}
+    return _near_duplicates(folder, table, index["row"].to_numpy(), settings.near_threshold)
 
 # %% ../nbs/14_dataset.ipynb #9a0e8938
 def _row_splits(index, keys, pairs, test_size, seed):
@@ -379,18 +403,25 @@ def _drop_duplicates(order, left, keys, pairs, duplicates_by, lost):
             left = _remove_rows(left, ~is_kept, lost, f"near_duplicate_{k}")
     return left
 
+# %% ../nbs/14_dataset.ipynb #005f2dbf
+def _seeded_order(index, seed):
+    "The order in which training reads the rows"
+    line_hashes = splitmix64(index["line"].to_numpy(), 0)
+    mixed = index["title_number"].to_numpy() ^ line_hashes
+    return np.argsort(splitmix64(mixed, seed), kind="stable")
+
 def _split_rows(index, pairs, settings, lost):
     "Row numbers of the training and of the test split, each in the seeded order; removed rows are counted in `lost`"
     keys = {k: index[f"{k}_key"].to_numpy() for k in SHINGLE_WIDTH}
     split = _row_splits(index, keys, pairs, settings.test_size, settings.seed)
     left = _remove_rows(np.ones(index.height, bool), split < 0, lost, "in_both_splits")
-    title_hashes, line_hashes = index["title_number"].to_numpy(), splitmix64(index["line"].to_numpy(), 0)
-    order = np.argsort(splitmix64(title_hashes ^ line_hashes, settings.seed), kind="stable")
+    order = _seeded_order(index, settings.seed)
     if settings.duplicates != "keep":
         left = _drop_duplicates(order, left, keys, pairs, settings.duplicates_by, lost)
     order = order[left[order]]
-    row_numbers, splits = index["row"].to_numpy()[order], split[order]
-    return row_numbers[splits == 0], row_numbers[splits == 1]
+    row_numbers = index["row"].to_numpy()[order]
+    is_test = split[order] == 1
+    return row_numbers[~is_test], row_numbers[is_test]
 
 # %% ../nbs/14_dataset.ipynb #c025
 class PreparedData(NamedTuple):
@@ -415,20 +446,19 @@ def load_data(
     "Read, clean and split a catalogue; ValueError if no row is left"
     columns = settings.title_field, settings.content_field, settings.encoding
     folder = prepare_file(path, settings.clean_steps, settings.strict, cache, *columns)
-    about = json.loads((folder/"about.json").read_text(encoding="utf-8"))
-    index = pl.read_ipc(folder/"index.arrow")
-    index = index.with_columns(row=(~pl.col("reason").is_in([1, 2])).cum_sum() - 1)
+    about, index = _read_index(folder)
     counts = {"lines_read": index.height + about["rejected"], "rejected": about["rejected"]}
     left, lost = _select_usable(index, settings)
-    if not left.any(): _raise_no_rows(path, folder, Funnel(**counts, **lost))
-    index, table = index.filter(pl.Series(left)), _cached_rows(folder)
-    pairs = {}
-    if _searches_near(settings, index.height):
-        pairs = _near_duplicates(folder, table, index["row"].to_numpy(), settings.near_threshold)
+    if not left.any():
+        _raise_no_rows(path, folder, Funnel(**counts, **lost))
+    index = index.filter(pl.Series(left))
+    table = _cached_rows(folder)
+    pairs = _find_pairs(folder, table, index, settings)
     splits = _split_rows(index, pairs, settings, lost)
     funnel = Funnel(**counts, **lost, train=len(splits[0]), test=len(splits[1]))
     remark = _test_set_remark(funnel.train, funnel.test, index.height, settings.test_size)
-    if remark and settings.test_size: print(remark)
+    if remark and settings.test_size:
+        print(remark)
     return _as_data(folder, about, table, splits, funnel, _most_repeated(index, table), remark)
 
 # %% ../nbs/14_dataset.ipynb #c027

@@ -25,8 +25,9 @@ def _character_bigrams(text):
     "A text as pairs of adjacent words, if most of its words are single characters"
     words = text.split(" ")
     single = sum(len(w) == 1 for w in words)
-    if 2*single <= len(words) or len(words) < 2: return text
-    return " ".join(a + b for a, b in zip(words, words[1:]))
+    if len(words) < 2 or 2*single <= len(words): return text
+    pairs = zip(words, words[1:])
+    return " ".join(a + b for a, b in pairs)
 
 def _separate_characters(texts, width):
     "Texts with spaces around the characters of such scripts, or around pairs of them if `width` is 1"
@@ -130,24 +131,29 @@ def _are_similar(texts, rows, first, second, width, threshold, size=10_000):
     "Whether the texts of each pair are similar"
     parts = [np.zeros(0, bool)]
     for i in range(0, len(first), size):
-        numbers = np.concatenate([first[i:i + size], second[i:i + size]])
+        part = slice(i, i + size)
+        numbers = np.concatenate([first[part], second[part]])
         used, where = np.unique(numbers, return_inverse=True)
         lists = shingles(texts.gather(rows[used]), width)
         one, other = np.split(where, 2)
-        parts.append(jaccard_similarity(lists[one], lists[other]) >= threshold)
+        similarity = jaccard_similarity(lists[one], lists[other])
+        parts.append(similarity >= threshold)
     return np.concatenate(parts)
 
 # %% ../nbs/13_splitting.ipynb #c019
 def _pairs_in_band(column, reach):
     "Pairs of rows with the same number: each row with the first one, and with the rows shortly before it"
     order = np.argsort(column, kind="stable")
-    same = column[order][1:] == column[order][:-1]
+    in_order = column[order]
+    same = in_order[1:] == in_order[:-1]
     is_first = np.concatenate([[True], ~same])
     starts = np.where(is_first, np.arange(len(order)), 0)
     starts = np.maximum.accumulate(starts) # where the rows with the same number begin
-    yield order[starts[1:][same]], order[1:][same]
+    first = starts[1:][same]
+    yield order[first], order[1:][same]
     for distance in range(1, reach):
-        later = distance + np.flatnonzero(starts[distance:] == starts[:-distance])
+        same = starts[distance:] == starts[:-distance]
+        later = distance + np.flatnonzero(same)
         if not len(later): break
         yield order[later - distance], order[later]
 
@@ -171,9 +177,11 @@ def near_duplicate_pairs(
     "Pairs of near-duplicates, exact ones included: enough pairs that each near-duplicate is in one"
     from tqdm import tqdm
     rows = np.arange(len(texts)) if rows is None else rows
-    parts = tqdm(range(0, len(rows), size), desc="near-duplicates", unit="block", delay=2)
-    keys = [lsh_bands(shingles(texts.gather(rows[i:i + size]), width)) for i in parts]
-    first, second = _candidate_pairs(np.concatenate(keys) if keys else np.zeros((0, _BANDS), np.uint64))
+    keys = [np.zeros((0, _BANDS), np.uint64)]
+    for i in tqdm(range(0, len(rows), size), desc="near-duplicates", unit="block", delay=2):
+        part = texts.gather(rows[i:i + size])
+        keys.append(lsh_bands(shingles(part, width)))
+    first, second = _candidate_pairs(np.concatenate(keys))
     similar = _are_similar(texts, rows, first, second, width, threshold)
     return first[similar], second[similar]
 
@@ -300,12 +308,17 @@ def _band_table(lists):
 
 def _compare_texts(test, train, width):
     "The pairs of a test and a training text that agree in a band: `test`, `train`, `similarity`"
-    of_test, of_train = shingles(test, width), shingles(train, width)
-    test_bands, train_bands = _band_table(of_test), _band_table(of_train)
-    joined = [test_bands.join(train_bands, on=str(b), suffix="_train") for b in range(_BANDS)]
-    pairs = pl.concat(j.select("row", "row_train") for j in joined).unique(maintain_order=True)
-    similarity = jaccard_similarity(of_test[pairs["row"]], of_train[pairs["row_train"]])
-    return pairs.select(test="row", train="row_train", similarity=pl.Series(similarity))
+    of_test = shingles(test, width)
+    of_train = shingles(train, width)
+    test_bands = _band_table(of_test)
+    train_bands = _band_table(of_train)
+    found = []
+    for band in map(str, range(_BANDS)):
+        joined = test_bands.join(train_bands, on=band, suffix="_train")
+        found.append(joined.select(test="row", train="row_train"))
+    pairs = pl.concat(found).unique(maintain_order=True)
+    similarity = jaccard_similarity(of_test[pairs["test"]], of_train[pairs["train"]])
+    return pairs.with_columns(similarity=pl.Series(similarity))
 
 # %% ../nbs/13_splitting.ipynb #632445a3
 def find_leaks(
