@@ -339,6 +339,13 @@ def _parse_lines(lines, numbers, fields, ways=16):
     return pl.concat(tables), rejected
 
 # %% ../nbs/10_json_lines.ipynb #c027
+def _mark_cut_off(rejected):
+    "Say in the rejection of a file's last line that the file is cut off there, if the line is incomplete"
+    reason = rejected["reason"]
+    if reason.startswith(("not JSON", "not UTF-8")):
+        rejected["reason"] = f"cut off at the end of the file ({reason})"
+
+# %% ../nbs/10_json_lines.ipynb #a52fd963
 def parse_block(
     block:bytes, # complete lines, from `read_blocks`; the last one of a file may lack its newline
     first:int=1, # the number of the first line
@@ -346,17 +353,20 @@ def parse_block(
     fields:tuple=DEFAULT_FIELDS, # the keys of title and content
 )->tuple[pl.DataFrame, list[dict]]: # rows with `line`, `uid`, `title`, `content`; rejected lines from `rejection`
     "The rows of some lines, and the rejected lines; blank lines are skipped"
-    if block.endswith(b"\n") and not problem and (rows := _parse_fast(block, fields)) is not None:
-        return rows.with_row_index("line", first).cast({"line": pl.UInt32}), []
+    if block.endswith(b"\n") and not problem:
+        rows = _parse_fast(block, fields)
+        if rows is not None:
+            return rows.with_row_index("line", first).cast({"line": pl.UInt32}), []
     *complete, last = block.split(b"\n")
     end = first + len(complete)
     candidates = complete if problem else [*complete, last]
-    numbered = [(n, line) for n, line in enumerate(candidates, first) if line.strip()]
-    rows, rejected = _parse_lines([line for _, line in numbered], [n for n, _ in numbered], fields)
+    numbers = [n for n, line in enumerate(candidates, first) if line.strip()]
+    lines = [candidates[n - first] for n in numbers]
+    rows, rejected = _parse_lines(lines, numbers, fields)
     if problem:
         rejected.append(rejection(end, problem, last))
-    elif rejected and rejected[-1]["line"] == end and rejected[-1]["reason"].startswith(("not JSON", "not UTF-8")):
-        rejected[-1]["reason"] = f"cut off at the end of the file ({rejected[-1]['reason']})"
+    elif rejected and rejected[-1]["line"] == end:
+        _mark_cut_off(rejected[-1])
     return rows, rejected
 
 # %% ../nbs/10_json_lines.ipynb #c029
