@@ -7,6 +7,7 @@ Each measurement is a process of its own with a cache of its own. Times are thos
 what it maps from the disk included. Of several rounds the median is told.
 """
 import argparse, json, os, platform, re, shutil, statistics, subprocess, sys, tempfile, time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,11 +38,11 @@ def usual(path, cache):
 def descgen(path, cache, near_up_to=0):
     "load_data, with its cleaning and its search for exact copies: what it does by itself with a file of two million rows"
     from datasets import disable_progress_bars
-    from descgen.dataset import load_data
+    from descgen.dataset import DataSettings, load_data
     disable_progress_bars()
     start = time.perf_counter()
-    data = load_data(path, cache=cache, near_up_to=near_up_to, **RECIPE)
-    return {"seconds": time.perf_counter() - start, "rows": len(data.train) + len(data.test), "funnel": data.funnel, "changed": data.changed}
+    data = load_data(path, DataSettings(near_up_to=near_up_to, **RECIPE), cache)
+    return {"seconds": time.perf_counter() - start, "rows": len(data.train) + len(data.test), "funnel": asdict(data.funnel), "changed": data.changed}
 
 def near(path, cache): return descgen(path, cache, near_up_to=10**9)
 
@@ -98,14 +99,14 @@ def descgen_start(path, cache):
 def spoilt(path, cache):
     "A thousand bad lines among all: are exactly these set aside?"
     import random
-    from descgen.dataset import load_data
+    from descgen.dataset import DataSettings, load_data
     bad = Path(cache)/"bad.json"
     n = sum(1 for _ in open(path, "rb"))
     at, kinds = set(random.Random(42).sample(range(1, n + 1), 1000)), [b"{", b"[1]\n", b'{"title": "x"}\n', b'{"title": 5, "content": "y"}\n', b'{"title": "\xff", "content": "y"}\n']
     with open(path, "rb") as f, open(bad, "wb") as out:
         for i, line in enumerate(f, 1): out.write(kinds[i % 5].rstrip(b"\n") + b"\n" if i in at else line)
     start = time.perf_counter()
-    data = load_data(bad, cache=cache, **RECIPE)
+    data = load_data(bad, DataSettings(**RECIPE), cache)
     seconds = time.perf_counter() - start
     found = {json.loads(l)["line"] for l in open(data.rejected)}
     return {"seconds": seconds, "rows": len(data.train) + len(data.test), "right": found == at, "found": len(found)}
@@ -139,6 +140,7 @@ def machine():
 
 def tables(found, n):
     "The tables of bench/README.md"
+    from descgen.dataset import Funnel
     rounds, growth, bad, start, usual_start = (found[k] for k in ("rounds", "growth", "bad", "start", "usual start"))
     s, gb = lambda name: median(rounds, name), lambda name: max(r[name]["gb"] for r in rounds)
     lines = [f"{n:,} rows, {len(rounds)} rounds, median seconds; memory is the largest. {machine()}.", "",
@@ -154,7 +156,7 @@ def tables(found, n):
     for size, r in growth.items():
         lines.append(f"| {int(size):,} | {r['usual']['seconds']:.1f} s | {r['descgen']['seconds']:.1f} s | {r['descgen again']['seconds']:.1f} s | {r['near']['seconds']:.1f} s | "
             f"{r['usual']['gb']:.2f}, {r['descgen']['gb']:.2f}, {r['near']['gb']:.2f} GB |")
-    lines += ["", "The funnel of the full file with near copies looked for:", "", "| | rows |", "|---|---|", *(f"| {k} | {v:,} |" for k, v in found["funnel"].items())]
+    lines += ["", "The funnel of the full file with near copies looked for:", "", "| | rows |", "|---|---|", *(f"| {k} | {v:,} |" for k, v in Funnel(**found["funnel"]).labelled().items())]
     return "\n".join(lines)
 
 def parts(path, n, n_rounds):

@@ -22,20 +22,22 @@ def _apply_where(texts, needs_change, change):
 # %% ../nbs/12_cleaning.ipynb #c008
 _ENTITY = r"&(?:#[0-9]{2,7};?|#[0-9];|#[xX][0-9a-fA-F]{2,6};?|#[xX][0-9a-fA-F];|[A-Za-z][A-Za-z0-9]{1,31};?)"
 
-def decode_entities(
-    texts:pl.Series, # strings
-)->pl.Series: # the same with characters in place of HTML entities
-    "Replace HTML entities by characters"
-    return _apply_where(texts, texts.str.contains("&", literal=True), _decode_repeatedly)
-
 def _decode_repeatedly(texts, times=3):
     "Decode texts that contain an ampersand, up to `times` times"
     found = texts.str.extract_all(_ENTITY).explode(empty_as_null=False).unique().sort()
     known = [e for e in found if html.unescape(e) != e]
     if not known or not times: return texts
     known.sort(key=len, reverse=True) # if two begin alike, the longer one is meant
-    texts = texts.str.replace_many(known, [html.unescape(e) for e in known], leftmost=True)
+    characters = [html.unescape(e) for e in known]
+    texts = texts.str.replace_many(known, characters, leftmost=True)
     return _apply_where(texts, texts.str.contains("&", literal=True), lambda t: _decode_repeatedly(t, times - 1))
+
+# %% ../nbs/12_cleaning.ipynb #f68c59fa
+def decode_entities(
+    texts:pl.Series, # strings
+)->pl.Series: # the same with characters in place of HTML entities
+    "Replace HTML entities by characters"
+    return _apply_where(texts, texts.str.contains("&", literal=True), _decode_repeatedly)
 
 # %% ../nbs/12_cleaning.ipynb #c012
 _BLOCKS = (
@@ -56,6 +58,7 @@ def _replace_tags(texts):
     texts = texts.str.replace_all(_tag_pattern(_INLINE), "")
     return texts.str.replace_all(rf"\s*(?:{_tag_pattern(_BLOCKS)}\s*)+", "\n")
 
+# %% ../nbs/12_cleaning.ipynb #cd888399
 def strip_tags(
     texts:pl.Series, # strings, their entities decoded
 )->pl.Series: # the same without HTML
@@ -97,6 +100,7 @@ def remove_boilerplate(
     has_note = texts.str.contains("(?i)this text refers to")
     return _apply_where(texts, has_note, lambda t: t.str.replace_all(BOILERPLATE, ""))
 
+# %% ../nbs/12_cleaning.ipynb #012e7b0f
 def _unify_spaces(texts):
     "One kind of line break, and single spaces"
     texts = texts.str.replace_all(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]", "\n")
@@ -122,15 +126,17 @@ def split_sentences(
     "The sentences of texts, each with the white space after it; a line break also ends a sentence"
     return texts.str.extract_all(_SENTENCE)
 
+# %% ../nbs/12_cleaning.ipynb #cdf94a80
 def count_sentences(
     texts:pl.Series, # strings
 )->pl.DataFrame: # `sentence`, stripped, and `texts`: how many distinct texts contain it
     "Sentences of at least twelve characters that are in at least two distinct texts"
-    sentences = split_sentences(texts.unique()).to_frame("sentence").with_row_index("row").explode("sentence")
-    sentences = sentences.with_columns(pl.col("sentence").str.strip_chars())
+    sentences = split_sentences(texts.unique()).to_frame("sentence").with_row_index("row")
+    sentences = sentences.explode("sentence").with_columns(pl.col("sentence").str.strip_chars())
     sentences = sentences.filter(pl.col("sentence").str.len_chars() >= 12).unique()
     return sentences.group_by("sentence").len("texts").filter(pl.col("texts") > 1)
 
+# %% ../nbs/12_cleaning.ipynb #aa02c2b4
 def remove_sentences(
     texts:pl.Series, # strings
     sentences:list[str], # those to remove, stripped
@@ -154,6 +160,7 @@ STEPS = {
 DEFAULT_STEPS = [name for name in STEPS if name != "repeated_sentences"]
 _MARKUP = ("entities", "tags")
 
+# %% ../nbs/12_cleaning.ipynb #f5d9fe64
 @cache
 def _needs_cleaning():
     return "|".join([_CONTROLS, _not_nfc(), r"[^\S\n ]|  |\n[ \n]| \n", "(?i:this text refers to)"])
@@ -162,17 +169,22 @@ def _step_bit(changed, name):
     "The bit of a step for the rows that it changed"
     return changed.cast(pl.UInt8)*(1 << list(STEPS).index(name))
 
+# %% ../nbs/12_cleaning.ipynb #cb47f653
 def _apply_steps(rows, changed, pattern, names):
     "Apply steps to the rows that match a pattern; returns the rows and the steps that changed them"
-    found = (rows["title"].str.contains(pattern) | rows["content"].str.contains(pattern)).arg_true()
+    in_title, in_content = (rows[key].str.contains(pattern) for key in ("title", "content"))
+    found = (in_title | in_content).arg_true()
     if not len(found): return rows, changed
     part, bits = rows[found], changed.gather(found)
     for name in names:
         old = part
-        part = part.with_columns(STEPS[name](part[key]).alias(key) for key in ("title", "content"))
-        bits = bits | _step_bit((part["title"] != old["title"]) | (part["content"] != old["content"]), name)
-    columns = [rows[key].clone().scatter(found, part[key]).alias(key) for key in ("title", "content")]
-    return rows.with_columns(columns), changed.scatter(found, bits)
+        part = part.with_columns(STEPS[name](part["title"]), STEPS[name](part["content"]))
+        is_changed = (part["title"] != old["title"]) | (part["content"] != old["content"])
+        bits = bits | _step_bit(is_changed, name)
+    for key in ("title", "content"):
+        column = rows[key].clone().scatter(found, part[key])
+        rows = rows.with_columns(column.alias(key))
+    return rows, changed.scatter(found, bits)
 
 # %% ../nbs/12_cleaning.ipynb #c024
 def _remove_repeated_sentences(rows, changed, sentences):
@@ -183,17 +195,21 @@ def _remove_repeated_sentences(rows, changed, sentences):
 def _to_one_line(titles):
     return titles.str.replace_all(r"\s*[\r\n]\s*", " ")
 
+# %% ../nbs/12_cleaning.ipynb #c866737f
 def clean_rows(
     rows:pl.DataFrame, # with `title` and `content`, from `parse_block`
     steps:list[str]=DEFAULT_STEPS, # names of the steps to take; their order is fixed
     sentences:list[str]=(), # those that `repeated_sentences` removes from contents
 )->tuple[pl.DataFrame, pl.Series]: # the clean rows, stripped; for each the steps that changed it, bit i for step i
     "Rows as clean text; ValueError names a step that does not exist"
-    if unknown := set(steps) - set(STEPS):
-        raise ValueError(f"{sorted(unknown)[0]!r} is not a cleaning step. Choose from: {', '.join(STEPS)}")
-    markup = [n for n in _MARKUP if n in steps]
-    others = [n for n in DEFAULT_STEPS if n in steps and n not in _MARKUP]
-    rows, changed = _apply_steps(rows, pl.zeros(rows.height, pl.UInt8, eager=True), "[&<]", markup)
+    unknown = sorted(set(steps) - set(STEPS))
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not a cleaning step. Choose from: {', '.join(STEPS)}")
+    chosen = [name for name in DEFAULT_STEPS if name in steps]
+    markup = [name for name in chosen if name in _MARKUP]
+    others = [name for name in chosen if name not in _MARKUP]
+    changed = pl.zeros(rows.height, pl.UInt8, eager=True)
+    rows, changed = _apply_steps(rows, changed, "[&<]", markup)
     rows, changed = _apply_steps(rows, changed, _needs_cleaning(), others)
     if len(sentences) and "repeated_sentences" in steps:
         rows, changed = _remove_repeated_sentences(rows, changed, sentences)

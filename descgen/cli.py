@@ -67,7 +67,7 @@ def check(
     path:Annotated[Path, typer.Argument(help="CSV, TSV, Parquet, JSON array or JSON Lines; plain, .gz, .zst or .zip")],
     as_json:Annotated[bool, typer.Option("--json", help="Print the report as JSON")]=False,
     max_length:Annotated[int, typer.Option(help="Most tokens in an example")]=1024,
-    near_up_to:Annotated[int, typer.Option(help="Search near-duplicates in at most so many usable rows")]=100_000,
+    near_up_to:Annotated[int, typer.Option(min=0, help="Search near-duplicates in at most so many usable rows")]=100_000,
     strict:Annotated[bool, typer.Option("--strict", help="End at the first unreadable line")]=False,
     title_field:TitleField="auto",
     content_field:ContentField="auto",
@@ -77,17 +77,18 @@ def check(
     with _exit_on_error("Cannot be trained on"):
         found = _report(path, max_length, near_up_to=near_up_to, strict=strict, title_field=title_field,
                         content_field=content_field, encoding=encoding)
+    from dataclasses import asdict
     from descgen.data_report import data_report_text
-    typer.echo(to_json(found) if as_json else data_report_text(found))
+    typer.echo(to_json(asdict(found)) if as_json else data_report_text(found))
 
 # %% ../nbs/90_cli.ipynb #c005
 def _report(path, max_length, **options):
     "The data report of a file, with the embedded model's tokens; progress goes to standard error"
     import contextlib
     from descgen.data import find_data
-    from descgen.dataset import load_data
+    from descgen.dataset import DataSettings, load_data
     with contextlib.redirect_stdout(sys.stderr):
-        data = load_data(find_data(str(path)), **options)
+        data = load_data(find_data(str(path)), DataSettings(**options))
         from transformers import AutoTokenizer
         from descgen.formatting import template_parts
         from descgen.model import embedded_model
@@ -170,15 +171,14 @@ def _merge_parameters(recipes, pairs):
 # %% ../nbs/90_cli.ipynb #9b573fcc
 def _check_data(recipe):
     "The recipe's data file; ValueError or FileNotFoundError if it cannot be trained on"
-    import contextlib, inspect, io
+    import contextlib, io
     from descgen.data import find_data
     from descgen.dataset import load_data
     path = find_data(recipe.data_path)
     if path.stat().st_size > 10**8:
         typer.echo(f"Reading {path}", err=True) # takes a while
-    options = recipe.model_dump(include=set(inspect.signature(load_data).parameters))
     with contextlib.redirect_stdout(io.StringIO()): # the notebook prints it again
-        load_data(path, **options)
+        load_data(path, recipe)
     return path
 
 # %% ../nbs/90_cli.ipynb #69e56852

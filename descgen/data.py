@@ -9,6 +9,7 @@ __all__ = ['SEPARATORS', 'TITLE_NAMES', 'CONTENT_NAMES', 'find_data', 'choose_en
 # %% ../nbs/11_data.ipynb #717f1059
 import codecs, contextlib, csv, io, itertools, json, re, tempfile
 from collections import deque
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -49,8 +50,6 @@ def _read_head(path, encoding, size=_HEAD_SIZE):
     return b"".join(pieces)[:size], n <= size
 
 # %% ../nbs/11_data.ipynb #c01e15c5
-_EXCEL_MAGIC = b"\xd0\xcf\x11\xe0" # first bytes of an .xls file
-
 def _is_utf8(line):
     try:
         line.decode("utf-8")
@@ -58,6 +57,17 @@ def _is_utf8(line):
         return False
     return True
 
+def _looks_like_utf8(head, complete):
+    "Whether half of the lines beyond ASCII, or 99 % of all lines, are UTF-8; the others are rejected one by one"
+    if head.count(0) > len(head)//4: return False
+    lines = head.split(b"\n")
+    if not complete:
+        lines.pop() # the last line may be cut off
+    beyond_ascii = [line for line in lines if not line.isascii()]
+    bad = sum(not _is_utf8(line) for line in beyond_ascii)
+    return 2*bad <= len(beyond_ascii) or 100*bad <= len(lines)
+
+# %% ../nbs/11_data.ipynb #b4792c5d
 def _guess_encoding(head):
     "The likeliest encoding of some bytes; windows-1252, the most frequent one, if it is nearly as likely"
     from charset_normalizer import from_bytes
@@ -67,24 +77,20 @@ def _guess_encoding(head):
     if "cp1252" in names: return "cp1252"
     return names[0].replace("_", "-") if names else "latin-1"
 
-def _looks_like_utf8(head, complete):
-    "Whether half of the lines beyond ASCII, or 99 % of all lines, are UTF-8; the others are rejected one by one"
-    if head.count(0) > len(head)//4: return False
-    lines = head.split(b"\n")[:None if complete else -1]
-    beyond_ascii = [line for line in lines if not line.isascii()]
-    bad = sum(not _is_utf8(line) for line in beyond_ascii)
-    return 2*bad <= len(beyond_ascii) or 100*bad <= len(lines)
+# %% ../nbs/11_data.ipynb #90a17d87
+_EXCEL_MAGIC = b"\xd0\xcf\x11\xe0" # first bytes of an .xls file
 
 def _detect_encoding(path):
     "UTF-8, or UTF-16 if there is a byte-order mark; ValueError for other encodings"
     head, complete = _read_head(path, "bytes")
-    is_binary = head.startswith(b"PAR1") or (packing_of(path) == "" and head.startswith(_EXCEL_MAGIC))
-    if is_binary: return "utf-8"
+    is_excel = packing_of(path) == "" and head.startswith(_EXCEL_MAGIC)
+    if is_excel or head.startswith(b"PAR1"): return "utf-8"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)): return "utf-16"
     if _looks_like_utf8(head, complete): return "utf-8"
     likely = _guess_encoding(head)
     raise ValueError(f"{path} is not UTF-8. It looks like {likely}: set encoding=\"{likely}\" if that is right.")
 
+# %% ../nbs/11_data.ipynb #c200f63e
 def choose_encoding(
     path:str|Path, # the file
     encoding:str="auto", # a name that Python knows; "auto": UTF-8, or UTF-16 if it has a byte-order mark
@@ -109,16 +115,19 @@ def _read_records(text, separator, n=20):
     except csv.Error:
         return []
 
+def _separator_quality(text, separator):
+    "Whether a separator gives all records the same number of fields, and that number"
+    counts = [len(record) for record in _read_records(text, separator)]
+    if not counts or counts[0] < 2: return False, 0
+    return len(set(counts[:-1])) == 1, counts[0] # the last record may be cut off
+
 def _choose_separator(text):
     "The separator that gives records of the same number of fields, and the most fields; \"\" if none gives two"
-    def quality(separator):
-        "Whether the records agree, and their number of fields"
-        counts = [len(record) for record in _read_records(text, separator)]
-        if not counts or counts[0] < 2: return False, 0
-        return len(set(counts[:-1])) == 1, counts[0] # the last record may be cut off
-    best = max(SEPARATORS, key=quality)
-    return best if quality(best)[1] else ""
+    best = max(SEPARATORS, key=partial(_separator_quality, text))
+    has_fields = _separator_quality(text, best)[1]
+    return best if has_fields else ""
 
+# %% ../nbs/11_data.ipynb #4bb0cf1c
 def _is_json_lines(path, text):
     "Whether lines begin like objects, or the name says JSON"
     lines = [line for line in text.lstrip("\ufeff").splitlines() if line.strip()][:100]
@@ -143,6 +152,7 @@ CONTENT_NAMES = (
 def _normalize_name(column):
     return re.sub(r"[\W_]+", " ", column).strip().lower()
 
+# %% ../nbs/11_data.ipynb #388f40b0
 def _choose_field(path, columns, filled, given, known, parameter):
     "The column for a parameter; ValueError if it is missing or ambiguous"
     advice = f"Columns found: {', '.join(columns)}. Set {parameter} to one of them."
@@ -159,6 +169,19 @@ def _choose_field(path, columns, filled, given, known, parameter):
         reason = f"none is named {', '.join(known[:3])} or similar"
     raise ValueError(f"{path}: it is not clear which column is the {known[0]} ({reason}). {advice}")
 
+# %% ../nbs/11_data.ipynb #18eeebc3
+def _raise_if_chats(path, columns):
+    "ValueError for chats and instruction pairs, which have prompts instead of titles"
+    if {"title", "content"} <= set(columns): return
+    if chat := {"messages", "conversations"} & set(columns):
+        raise ValueError(f"{path} contains chats ({min(chat)}), not titles and contents. "
+            "Write the product's title and its description of each chat into two fields, title and content.")
+    if {"instruction", "output"} <= set(columns):
+        found = [c for c in ("instruction", "input", "output") if c in columns]
+        raise ValueError(f"{path} contains instruction pairs ({', '.join(found)}). If one field is the title and "
+            "another its description, name them: for instance title_field=\"input\", content_field=\"output\".")
+
+# %% ../nbs/11_data.ipynb #5a0bebfb
 def choose_fields(
     path:str|Path, # the file, for errors
     columns:list[str], # names of its columns
@@ -172,17 +195,6 @@ def choose_fields(
     title = _choose_field(path, columns, filled, title_field, TITLE_NAMES, "title_field")
     content = _choose_field(path, columns, filled, content_field, CONTENT_NAMES, "content_field")
     return title, content
-
-def _raise_if_chats(path, columns):
-    "ValueError for chats and instruction pairs, which have prompts instead of titles"
-    if {"title", "content"} <= set(columns): return
-    if chat := {"messages", "conversations"} & set(columns):
-        raise ValueError(f"{path} contains chats ({min(chat)}), not titles and contents. "
-            "Write the product's title and its description of each chat into two fields, title and content.")
-    if {"instruction", "output"} <= set(columns):
-        found = [c for c in ("instruction", "input", "output") if c in columns]
-        raise ValueError(f"{path} contains instruction pairs ({', '.join(found)}). If one field is the title and "
-            "another its description, name them: for instance title_field=\"input\", content_field=\"output\".")
 
 # %% ../nbs/11_data.ipynb #35ae8bec
 class Source(NamedTuple):
@@ -214,22 +226,6 @@ def _load_json(line):
     except (ValueError, RecursionError):
         return None
 
-def _read_first_objects(path, text, complete, n=100):
-    "The objects among the first lines; ValueError if there is none"
-    lines = text.encode().split(b"\n")[:None if complete else -1]
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:n]
-    found, first_error = [], ""
-    for number, line in numbered:
-        value = _load_json(line)
-        if isinstance(value, dict):
-            found.append(value)
-        elif not first_error:
-            first_error = _rejection_reason(path, number, line)
-    if numbered and not found:
-        none = f"No line of the first {len(numbered)} is a JSON object."
-        raise ValueError(f"{first_error}. {none} {_conversion_hint(path, text)}")
-    return found
-
 def _rejection_reason(path, number, line):
     "Why a line is rejected"
     try:
@@ -246,30 +242,65 @@ def _conversion_hint(path, text):
     command = f"jq -c '{query}' {Path(path).name} > rows.jsonl"
     return f"If its objects extend over several lines, write each on one line: {command}"
 
+# %% ../nbs/11_data.ipynb #7c74cb58
+def _read_first_objects(path, text, complete, n=100):
+    "The objects among the first lines; ValueError if there is none"
+    lines = text.encode().split(b"\n")[:None if complete else -1]
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:n]
+    found, first_error = [], ""
+    for number, line in numbered:
+        value = _load_json(line)
+        if isinstance(value, dict):
+            found.append(value)
+        elif not first_error:
+            first_error = _rejection_reason(path, number, line)
+    if numbered and not found:
+        none = f"No line of the first {len(numbered)} is a JSON object."
+        raise ValueError(f"{first_error}. {none} {_conversion_hint(path, text)}")
+    return found
+
 # %% ../nbs/11_data.ipynb #0356d757
 def _nonempty_columns(records):
     "The keys of some dicts, and those that have a value"
     columns = list(dict.fromkeys(k for r in records for k in r))
     return columns, {k for r in records for k, v in r.items() if v not in (None, "", [])}
 
+# %% ../nbs/11_data.ipynb #9d4e0e56
+def _raise_if_repeated(path, columns, fields):
+    "ValueError if several columns have the name of a field"
+    for name in fields:
+        if columns.count(name) > 1:
+            raise ValueError(f"{path} has {columns.count(name)} columns named {name!r}. Rename all but one.")
+
+# %% ../nbs/11_data.ipynb #9cd41168
+def _header_end(text, body):
+    "How many bytes of a table are before its first record, and the line of that record"
+    ends = _record_ends(body.encode())
+    header = body.encode() if not len(ends) else body.encode()[:int(ends[0]) + 1]
+    before = text[:len(text) - len(body)].encode() + header
+    return len(before), 1 + before.count(b"\n")
+
+# %% ../nbs/11_data.ipynb #739b6a05
 def _inspect_csv(path, text, encoding, given):
     "How to read a CSV file"
     hint = re.match(r"\ufeff?sep=(.)\r?\n", text) # a first line that only Excel writes
-    separator = hint[1] if hint else _choose_separator(text)
-    body = text[hint.end():] if hint else text
-    records = _read_records(body.lstrip("\ufeff"), separator or ",", 101)
+    body = text
+    if hint:
+        body, separator = text[hint.end():], hint[1]
+    else:
+        separator = _choose_separator(text)
+    separator = separator or ","
+    records = _read_records(body.lstrip("\ufeff"), separator, 101)
     columns = [c.strip() for c in records[0]] if records else []
-    filled = {c for r in records[1:] for c, v in zip(columns, r) if v.strip()}
+    filled = set()
+    for record in records[1:]:
+        filled |= {column for column, value in zip(columns, record) if value.strip()}
     fields = choose_fields(path, columns, filled, *given)
-    if repeated := [f for f in fields if columns.count(f) > 1]:
-        raise ValueError(f"{path} has {columns.count(repeated[0])} columns named {repeated[0]!r}. Rename all but one.")
-    all_bytes, body_bytes = text.encode(), body.encode()
-    ends = _record_ends(body_bytes)
-    header_size = int(ends[0]) + 1 if len(ends) else len(body_bytes)
-    skip = len(all_bytes) - len(body_bytes) + header_size
-    first = 1 + all_bytes[:skip].count(b"\n")
-    return Source(Path(path), "csv", encoding, fields, tuple(columns), separator or ",", skip, first)
+    _raise_if_repeated(path, columns, fields)
+    skip, first = _header_end(text, body)
+    return Source(Path(path), "csv", encoding, fields, tuple(columns), separator, skip, first)
 
+# %% ../nbs/11_data.ipynb #006032d2
 def _read_first_items(path, encoding, n=100):
     "The objects among the first items of an array"
     found = []
@@ -279,6 +310,7 @@ def _read_first_items(path, encoding, n=100):
                 found.append(value)
     return found
 
+# %% ../nbs/11_data.ipynb #ce302b38
 def inspect_file(
     path:str|Path, # a catalogue
     title_field:str="auto", # the title's column; "auto": the one with a known name
@@ -309,6 +341,7 @@ def _record_ends(block):
     "Positions of the line breaks that end records"
     return _outside_quotes(_positions(block, "\n"), _positions(block, '"'))
 
+# %% ../nbs/11_data.ipynb #d6f5c1c7
 def _is_regular(block, separator):
     "Whether each quote begins a field, ends one, or is one of two, and no line ends in a carriage return alone"
     data = np.frombuffer(b"\n" + block + b"\n", np.uint8)
@@ -316,9 +349,12 @@ def _is_regular(block, separator):
     if len(quotes) % 2: return False
     returns = _outside_quotes(np.flatnonzero(data == ord("\r")), quotes)
     if (data[returns + 1] != ord("\n")).any(): return False
-    before, after = data[quotes[0::2] - 1], data[quotes[1::2] + 1]
     allowed = [ord(separator), ord("\n"), ord('"')]
-    return bool(np.isin(before, allowed).all() and np.isin(after, [*allowed, ord("\r")]).all())
+    before = data[quotes[0::2] - 1]
+    after = data[quotes[1::2] + 1]
+    begins = np.isin(before, allowed).all()
+    ends = np.isin(after, [*allowed, ord("\r")]).all()
+    return bool(begins and ends)
 
 def _field_counts(block, separator, ends):
     "How many fields each record has"
@@ -359,6 +395,7 @@ def _find_csv_error(fields, source):
         return "not UTF-8: set `encoding` if the file has another, such as latin-1"
     return ""
 
+# %% ../nbs/11_data.ipynb #58f5cbce
 class _RecordLines:
     "Lines for `csv.reader` that keeps those of the current record, so that they can be read again"
     def __init__(self, lines):
@@ -377,25 +414,29 @@ class _RecordLines:
         self.again.extendleft(reversed(self.record[1:]))
         del self.record[1:]
 
+# %% ../nbs/11_data.ipynb #3fa52a4c
+def _next_record(lines, reader, source):
+    "The fields of the next record, and why it is rejected; None at the end"
+    lines.record.clear()
+    try:
+        fields = next(reader)
+    except StopIteration:
+        return None
+    except csv.Error as e:
+        return [], f"a quote is in the wrong place or not closed ({e})"
+    return fields, _find_csv_error(fields, source)
+
 def _parse_csv_records(lines, source, first):
     "For each record its first line's number, its fields, why it is rejected, and its first line"
     lines = _RecordLines(lines)
-    while True:
-        reader = csv.reader(lines, delimiter=source.separator, strict=True)
-        reason = ""
-        while not reason:
-            lines.record.clear()
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as e:
-                fields, reason = [], f"a quote is in the wrong place or not closed ({e})"
-            reason = reason or _find_csv_error(fields, source)
-            if reason:
-                lines.read_again_after_first() # an open quote may have included good records
-            yield first, fields, reason, lines.record[0]
-            first += len(lines.record)
+    reader = csv.reader(lines, delimiter=source.separator, strict=True)
+    while found := _next_record(lines, reader, source):
+        fields, reason = found
+        if reason:
+            lines.read_again_after_first() # an open quote may have included good records
+            reader = csv.reader(lines, delimiter=source.separator, strict=True)
+        yield first, fields, reason, lines.record[0]
+        first += len(lines.record)
 
 # %% ../nbs/11_data.ipynb #e7e50a62
 def _records_to_rows(records, source):
@@ -429,6 +470,7 @@ def parse_csv_block(
     lines = io.StringIO(block.decode("utf-8", "surrogateescape"), newline="\n")
     return _records_to_rows(_parse_csv_records(lines, source, first), source)
 
+# %% ../nbs/11_data.ipynb #240fda95
 def _read_csv_parts(source, size):
     "Blocks of complete records; from the first irregular block on, Python's csv module parses the file"
     pieces = read_pieces(source.path, source.encoding, min(size, 1 << 18))
@@ -467,6 +509,7 @@ def _read_lines(block, pieces):
     if rest:
         yield rest.decode("utf-8", "surrogateescape")
 
+# %% ../nbs/11_data.ipynb #230120c5
 def _read_irregular_parts(source, block, pieces, first, n=20_000):
     "The rest of a file in which quotes do not show where records end"
     errors, position = [], source.path.stat().st_size
@@ -490,37 +533,43 @@ def _reject_damage(line, error):
     return _to_table([], [], []), [rejection(line, reason, b"")]
 
 # %% ../nbs/11_data.ipynb #e259814a
+@dataclass
 class _TextBuffer:
     "The text of a file, without the part that is already decoded"
-    def __init__(self, path, encoding):
-        self.path, self.pieces = path, read_pieces(path, encoding)
-        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self.text, self.start = "", 0
-        self.line, self.position = 1, 0
-        self.problem = "cut off at the end of the file"
+    path:Path # the file
+    pieces:object # from `read_pieces`
+    decoder:object = field(default_factory=codecs.getincrementaldecoder("utf-8-sig"))
+    text:str="" # decoded, but not yet parsed from `start` on
+    start:int=0 # position in `text`
+    line:int=1 # number of the line at `start`
+    position:int=0 # in the file on disk
+    problem:str="cut off at the end of the file" # the reason if the file ends too early
 
-    def fill(self):
-        "Read the next piece; False at the end of the file"
-        try:
-            piece, self.position = next(self.pieces, (None, self.position))
-        except UNPACKING_ERRORS as e:
-            piece, self.problem = None, f"the packed file is damaged or cut off here ({e})"
-        if piece is None: return False
-        try:
-            self.text, self.start = self.text[self.start:] + self.decoder.decode(piece), 0
-        except UnicodeDecodeError:
-            place = f"{self.path}, after line {self.line}: not UTF-8."
-            raise ValueError(f"{place} Set encoding to the one it was saved in, such as latin-1.") from None
-        return True
+# %% ../nbs/11_data.ipynb #97936eba
+def _fill(buffer):
+    "Read the next piece; False at the end of the file"
+    try:
+        piece, buffer.position = next(buffer.pieces, (None, buffer.position))
+    except UNPACKING_ERRORS as e:
+        piece, buffer.problem = None, f"the packed file is damaged or cut off here ({e})"
+    if piece is None: return False
+    try:
+        text = buffer.decoder.decode(piece)
+    except UnicodeDecodeError:
+        place = f"{buffer.path}, after line {buffer.line}: not UTF-8."
+        raise ValueError(f"{place} Set encoding to the one it was saved in, such as latin-1.") from None
+    buffer.text, buffer.start = buffer.text[buffer.start:] + text, 0
+    return True
 
-    def skip(self, end):
-        "Move to a position and past the white space after it; the next character, \"\" at the end of the file"
-        while True:
-            until = re.compile(r"\s*").match(self.text, end).end()
-            self.line += self.text.count("\n", self.start, until)
-            self.start = end = until
-            if until < len(self.text): return self.text[until]
-            if not self.fill(): return ""
+def _skip(buffer, end):
+    "Move to a position and past the white space after it; the next character, \"\" at the end of the file"
+    while True:
+        until = re.compile(r"\s*").match(buffer.text, end).end()
+        buffer.line += buffer.text.count("\n", buffer.start, until)
+        buffer.start = until
+        if until < len(buffer.text): return buffer.text[until]
+        if not _fill(buffer): return ""
+        end = buffer.start # at the beginning of the new piece
 
 # %% ../nbs/11_data.ipynb #c20bd230
 _MAX_ITEM_LENGTH = 1 << 27 # characters
@@ -528,9 +577,12 @@ _MAX_ITEM_LENGTH = 1 << 27 # characters
 def _decode_value(text, start, fields):
     "A JSON value and where it ends; the slower `json_decoder` is used only if a key may be repeated"
     value, end = json.JSONDecoder().raw_decode(text, start)
-    may_repeat = any(text.count(f'"{name}"', start, end) > 1 for name in fields) or text.find("\\u00", start, end) >= 0
-    return json_decoder(fields).raw_decode(text, start) if may_repeat else (value, end)
+    repeats = any(text.count(f'"{name}"', start, end) > 1 for name in fields)
+    if repeats or text.find("\\u00", start, end) >= 0:
+        return json_decoder(fields).raw_decode(text, start)
+    return value, end
 
+# %% ../nbs/11_data.ipynb #06bd2e05
 def _decode_item(buffer, fields):
     "The item at the buffer's start, and where it ends; None if the file ends within it"
     while True:
@@ -545,29 +597,32 @@ def _decode_item(buffer, fields):
                 line = buffer.line + buffer.text.count("\n", buffer.start, e.pos)
                 place = f"{buffer.path}, line {line}: not JSON: {e.msg}."
                 raise ValueError(f"{place} The array cannot be read beyond this line: correct it.") from None
-            if not buffer.fill(): return None
+            if not _fill(buffer): return None
+
+# %% ../nbs/11_data.ipynb #13c9459c
+def _array_error(buffer, problem, advice="The array cannot be read beyond this line: correct it."):
+    "The error for an array that is not valid JSON"
+    return ValueError(f"{buffer.path}, line {buffer.line}: {problem}. {advice}")
 
 def _read_array_items(path, encoding, fields=DEFAULT_FIELDS):
     "For each item its line, its value or a ValueError if the file ends here, its text, and the position in the file"
-    buffer = _TextBuffer(path, encoding)
-    buffer.skip(0)
-    mark = buffer.skip(buffer.start + 1)
+    buffer = _TextBuffer(path, read_pieces(path, encoding))
+    _skip(buffer, 0)
+    mark = _skip(buffer, buffer.start + 1)
     while mark and mark != "]":
         found = _decode_item(buffer, fields)
         if found is None: break
         value, end = found
         yield buffer.line, value, buffer.text[buffer.start:end][:1000], buffer.position
-        mark = buffer.skip(end)
+        mark = _skip(buffer, end)
         if mark not in (",", "]", ""):
-            place = f"{path}, line {buffer.line}: expected a comma or the end of the array, found {mark!r}."
-            raise ValueError(f"{place} The array cannot be read beyond this line: correct it.")
+            raise _array_error(buffer, f"expected a comma or the end of the array, found {mark!r}")
         if mark == ",":
-            mark = buffer.skip(buffer.start + 1)
+            mark = _skip(buffer, buffer.start + 1)
     if mark != "]":
         yield buffer.line, ValueError(buffer.problem), "", buffer.position
-    elif buffer.skip(buffer.start + 1):
-        place = f"{path}, line {buffer.line}: text after the end of the array."
-        raise ValueError(f"{place} Write one array, or JSON Lines.")
+    elif _skip(buffer, buffer.start + 1):
+        raise _array_error(buffer, "text after the end of the array", "Write one array, or JSON Lines.")
 
 # %% ../nbs/11_data.ipynb #fc2578ee
 def _items_to_rows(items, fields):
@@ -605,6 +660,7 @@ def _open_parquet(path):
         reason = str(e).splitlines()[0]
         raise ValueError(f"{path} is not a complete Parquet file ({reason}). Copy or download it again.") from None
 
+# %% ../nbs/11_data.ipynb #6681123f
 def _is_text(kind):
     "Whether a column's type is text, or lists of text"
     import pyarrow.types as t
@@ -633,6 +689,7 @@ def _batch_to_rows(batch, first, fields):
     title, content = (_column_to_text(table[f]) for f in fields)
     return _to_table(range(first, first + len(batch)), title, content), []
 
+# %% ../nbs/11_data.ipynb #147c6143
 def _read_parquet_parts(source, n=20_000):
     "Parts of `n` rows"
     file, first, size = _open_parquet(source.path), 1, source.path.stat().st_size

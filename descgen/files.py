@@ -30,6 +30,7 @@ def to_json(
     "A value as JSON that every reader accepts"
     return json.dumps(_without_nan(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
+# %% ../nbs/00_files.ipynb #da8ea901
 def from_json(
     text:str, # JSON; Python's NaN and Infinity are allowed
 )->object: # the value; NaN and Infinity become None
@@ -181,6 +182,7 @@ def load_manifest(
         raise ValueError(f"{path} is not the manifest of a run. {advice}")
     return upgrade_manifest(found)
 
+# %% ../nbs/00_files.ipynb #51eb38c6
 def write_manifest(
     output_dir:str|Path, # a run's folder
     record:dict, # all entries, in their order; those that are None are left out

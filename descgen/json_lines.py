@@ -49,16 +49,22 @@ def object_to_row(
 )->dict: # `uid` (None if it is missing), `title`, `content`
     "A JSON object as a row; ValueError says why it is not one"
     if not isinstance(value, dict): raise ValueError(f"not an object but a {type(value).__name__}")
+    title_field, content_field = fields
     uid = value.get("uid")
-    uid = uid if uid is None or isinstance(uid, str) else json.dumps(uid)
-    return {"uid": uid, "title": _get_text(value, fields[0]), "content": _get_text(value, fields[1], join_lists=True)}
+    if uid is not None and not isinstance(uid, str):
+        uid = json.dumps(uid)
+    title = _get_text(value, title_field)
+    content = _get_text(value, content_field, join_lists=True)
+    return {"uid": uid, "title": title, "content": content}
 
+# %% ../nbs/10_json_lines.ipynb #fbffdc7b
 def json_decoder(
     fields:tuple=DEFAULT_FIELDS, # the keys of title and content
 )->json.JSONDecoder: # for `object_to_row`
     "A decoder that marks a title or content that appears more than once in an object"
     return json.JSONDecoder(object_pairs_hook=partial(_mark_repeated_keys, fields))
 
+# %% ../nbs/10_json_lines.ipynb #641a3107
 def _is_python_dict(line):
     "Whether a line is a dict as Python prints it"
     if not line.lstrip().startswith(b"{'"): return False
@@ -67,6 +73,7 @@ def _is_python_dict(line):
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return False
 
+# %% ../nbs/10_json_lines.ipynb #8e0c2c1f
 def parse_row(
     line:bytes, # one line of the file, with or without its newline
     fields:tuple=DEFAULT_FIELDS, # the keys of title and content
@@ -120,6 +127,7 @@ def packing_of(
         head = f.read(4)
     return next((name for magic, name in PACKINGS.items() if head.startswith(magic)), "")
 
+# %% ../nbs/10_json_lines.ipynb #66bb0a2a
 def _decompress_pieces(path, size, packing):
     "The bytes of a .gz or .zst file, in pieces; EOFError if the file is incomplete"
     if packing == "gzip":
@@ -148,6 +156,7 @@ def _find_only_member(path, archive):
     found = f"{len(names)} files ({', '.join(names[:5])})"
     raise ValueError(f"{path} contains {found}. Unpack it and set data_path to the one to read.")
 
+# %% ../nbs/10_json_lines.ipynb #9223c205
 def _unzip_pieces(path, size):
     "The bytes of the one file in a ZIP archive, in pieces"
     total = Path(path).stat().st_size
@@ -181,6 +190,7 @@ def _convert_to_utf8(path, pieces, encoding):
         reason = getattr(e, "reason", e)
         raise ValueError(f"{path} is not {encoding} ({reason}). Set encoding to the one it was saved in.") from None
 
+# %% ../nbs/10_json_lines.ipynb #dbd96098
 def read_pieces(
     path:str|Path, # any file
     encoding:str="utf-8", # of the decompressed bytes; "bytes": no conversion
@@ -258,6 +268,7 @@ def _escapes_are_valid(text, n):
     halves, pairs = _count(text, _HALF_PAIR), _count(text, _SURROGATE_PAIR)
     return _count(text, r"\\u") == n and halves == 2*pairs and not _count(text, r"\\u00[4-7]")
 
+# %% ../nbs/10_json_lines.ipynb #212fc500
 def _values_are_strings(block, rows, fields):
     "Whether each value that looks like a number, a truth value, a list or an object is a string in its line"
     looks_like_json = pl.col("title", "content").str.contains(_LOOKS_LIKE_JSON)
@@ -313,6 +324,7 @@ def _parse_slowly(lines, numbers, fields=DEFAULT_FIELDS):
             rejected.append(rejection(n, str(e), line))
     return pl.DataFrame(rows, schema=ROW_SCHEMA), rejected
 
+# %% ../nbs/10_json_lines.ipynb #ae9fc59d
 def _parse_lines(lines, numbers, fields, ways=16):
     "Rows and rejected lines; Python parses only groups with a line that polars cannot be trusted with"
     if len(lines) <= 2*ways: return _parse_slowly(lines, numbers, fields)
@@ -327,6 +339,13 @@ def _parse_lines(lines, numbers, fields, ways=16):
     return pl.concat(tables), rejected
 
 # %% ../nbs/10_json_lines.ipynb #c027
+def _mark_cut_off(rejected):
+    "Say in the rejection of a file's last line that the file is cut off there, if the line is incomplete"
+    reason = rejected["reason"]
+    if reason.startswith(("not JSON", "not UTF-8")):
+        rejected["reason"] = f"cut off at the end of the file ({reason})"
+
+# %% ../nbs/10_json_lines.ipynb #a52fd963
 def parse_block(
     block:bytes, # complete lines, from `read_blocks`; the last one of a file may lack its newline
     first:int=1, # the number of the first line
@@ -334,17 +353,20 @@ def parse_block(
     fields:tuple=DEFAULT_FIELDS, # the keys of title and content
 )->tuple[pl.DataFrame, list[dict]]: # rows with `line`, `uid`, `title`, `content`; rejected lines from `rejection`
     "The rows of some lines, and the rejected lines; blank lines are skipped"
-    if block.endswith(b"\n") and not problem and (rows := _parse_fast(block, fields)) is not None:
-        return rows.with_row_index("line", first).cast({"line": pl.UInt32}), []
+    if block.endswith(b"\n") and not problem:
+        rows = _parse_fast(block, fields)
+        if rows is not None:
+            return rows.with_row_index("line", first).cast({"line": pl.UInt32}), []
     *complete, last = block.split(b"\n")
     end = first + len(complete)
     candidates = complete if problem else [*complete, last]
-    numbered = [(n, line) for n, line in enumerate(candidates, first) if line.strip()]
-    rows, rejected = _parse_lines([line for _, line in numbered], [n for n, _ in numbered], fields)
+    numbers = [n for n, line in enumerate(candidates, first) if line.strip()]
+    lines = [candidates[n - first] for n in numbers]
+    rows, rejected = _parse_lines(lines, numbers, fields)
     if problem:
         rejected.append(rejection(end, problem, last))
-    elif rejected and rejected[-1]["line"] == end and rejected[-1]["reason"].startswith(("not JSON", "not UTF-8")):
-        rejected[-1]["reason"] = f"cut off at the end of the file ({rejected[-1]['reason']})"
+    elif rejected and rejected[-1]["line"] == end:
+        _mark_cut_off(rejected[-1])
     return rows, rejected
 
 # %% ../nbs/10_json_lines.ipynb #c029

@@ -8,7 +8,7 @@ __all__ = ['MIN_TEST_ROWS', 'outcome', 'format_number', 'format_signed', 'withou
            'evaluate_adapter', 'pairs_to_judge', 'score_votes', 'blind_test']
 
 # %% ../nbs/63_report.ipynb #ef4b3d1c
-import inspect, io, json, math, random
+import io, json, math, random
 from html import escape
 from pathlib import Path
 
@@ -472,13 +472,6 @@ def write_report(
 # %% ../nbs/63_report.ipynb #f72d12f2
 _COLUMNS = ("title_field", "content_field", "encoding")
 
-def _load_with_recipe(path, recipe, **more):
-    "Load a data file with the options of the recipe"
-    from descgen.dataset import load_data
-    from descgen.recipe import Recipe
-    options = set(inspect.signature(load_data).parameters) & set(Recipe.model_fields)
-    return load_data(path, **recipe.model_dump(include=options) | more)
-
 def _find_unseen_rows(rows, train):
     "Indices of the rows whose title and content occur in no training row"
     lowered = pl.col("title").str.to_lowercase()
@@ -498,17 +491,18 @@ def _resolve_columns(path, recipe, named):
 
 def _select_rows(recipe, read, given=None, named=None):
     "Test rows, training rows, and the row counts of another file; its rows that were trained on are left out"
-    data = _load_with_recipe(recipe.data_path, recipe)
+    from descgen.dataset import load_data
+    data = load_data(recipe.data_path, recipe)
     train = data.train.select(range(min(read, len(data.train))))
     if given is None: return data.test, train, None
     columns = _resolve_columns(given, recipe, named or dict.fromkeys(_COLUMNS, "auto"))
-    other = _load_with_recipe(given, recipe, test_size=0.0, max_rows=-1, **columns)
+    other = load_data(given, recipe.model_copy(update={"test_size": 0.0, "max_rows": -1, **columns}))
     unseen, usable = _find_unseen_rows(other.train, train), len(other.train)
     if not unseen:
         raise ValueError(f"{given}: the model was trained on all of the {usable:,} rows that can be used (their title "
                          "or content occurs in the training rows). Give a file with other rows, or none to use the "
                          "run's own test rows.")
-    file = {"name": Path(given).name, "rows": other.funnel["lines read"], "usable": usable}
+    file = {"name": Path(given).name, "rows": other.funnel.lines_read, "usable": usable}
     file["trained on"] = usable - len(unseen)
     return other.train.select(unseen), train, file
 

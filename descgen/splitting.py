@@ -25,27 +25,41 @@ def _character_bigrams(text):
     "A text as pairs of adjacent words, if most of its words are single characters"
     words = text.split(" ")
     single = sum(len(w) == 1 for w in words)
-    if 2*single <= len(words) or len(words) < 2: return text
-    return " ".join(a + b for a, b in zip(words, words[1:]))
+    if len(words) < 2 or 2*single <= len(words): return text
+    pairs = zip(words, words[1:])
+    return " ".join(a + b for a, b in pairs)
 
+def _separate_characters(texts, width):
+    "Texts with spaces around the characters of such scripts, or around pairs of them if `width` is 1"
+    characters = texts.str.replace_all(f"({_NO_SPACES})", " $1 ")
+    characters = characters.str.replace_all(" +", " ").str.strip_chars()
+    if width > 1: return characters
+    return pl.Series(map(_character_bigrams, characters), dtype=pl.String)
+
+# %% ../nbs/13_splitting.ipynb #45197016
 def _split_words(texts, width):
     "Words in lower case; characters in scripts without spaces, or pairs of them if `width` is 1"
     texts = texts.str.to_lowercase().str.replace_all("\n", " ", literal=True)
     unspaced = texts.str.contains(_NO_SPACES).arg_true()
     if len(unspaced):
-        characters = texts.gather(unspaced).str.replace_all(f"({_NO_SPACES})", " $1 ")
-        characters = characters.str.replace_all(" +", " ").str.strip_chars()
-        if width == 1:
-            characters = pl.Series(map(_character_bigrams, characters), dtype=pl.String)
-        texts = texts.clone().scatter(unspaced, characters)
+        separated = _separate_characters(texts.gather(unspaced), width)
+        texts = texts.clone().scatter(unspaced, separated)
     return texts.str.split(" ")
 
+# %% ../nbs/13_splitting.ipynb #52ca0577
 def _pad_lists(lists, n):
     "Lists with `n` zeros appended"
     if n == 0: return lists
     zeros = pl.lit([0]*n, dtype=pl.List(pl.UInt64))
     return lists.to_frame("words").select(pl.concat_list("words", zeros)).to_series()
 
+def _to_lists(flat, lengths):
+    "A flat array as lists of the given lengths"
+    import pyarrow as pa
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return pl.from_arrow(pa.LargeListArray.from_arrays(offsets.astype(np.int64), flat))
+
+# %% ../nbs/13_splitting.ipynb #2c42ea7a
 def shingles(
     texts:pl.Series, # clean strings
     width:int=3, # words in a run
@@ -53,19 +67,16 @@ def shingles(
     "The runs of words in a text, as hashes"
     words = _split_words(texts, width).list.eval(pl.element().hash(1))
     padded = _pad_lists(words, width - 1)
-    flat, ends = padded.explode().to_numpy(), np.cumsum(padded.list.len().to_numpy())
-    # unsigned overflow is intended
-    runs = sum(np.roll(flat, -i)*np.uint64(2*i + 1)**np.uint64(17) for i in range(width))
+    flat = padded.explode().to_numpy()
+    ends = np.cumsum(padded.list.len().to_numpy())
+    runs = np.zeros(len(flat), np.uint64)
+    for i in range(width):
+        factor = np.uint64(2*i + 1)**np.uint64(17)
+        runs += np.roll(flat, -i)*factor # unsigned overflow is intended
     kept = np.ones(len(flat), bool)
     for i in range(1, width):
         kept[ends - i] = False # no run begins in the padding
     return _to_lists(runs[kept], words.list.len().to_numpy())
-
-def _to_lists(flat, lengths):
-    "A flat array as lists of the given lengths"
-    import pyarrow as pa
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return pl.from_arrow(pa.LargeListArray.from_arrays(offsets, flat))
 
 # %% ../nbs/13_splitting.ipynb #c014
 def splitmix64(
@@ -82,18 +93,25 @@ def splitmix64(
 # %% ../nbs/13_splitting.ipynb #c017
 _BANDS, _HASHES_PER_BAND = 8, 4
 
+def _signatures(lists):
+    "The MinHash signature of each text: bands of numbers"
+    from rensa import RMinHash
+    flat = np.ascontiguousarray(lists.explode().to_numpy(), np.uint64)
+    lengths = lists.list.len().to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64)
+    n = _BANDS*_HASHES_PER_BAND
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, n, 42)
+    return np.array(matrix.to_rows(), np.uint64).reshape(len(lists), _BANDS, _HASHES_PER_BAND)
+
+# %% ../nbs/13_splitting.ipynb #ff63f3ab
 def lsh_bands(
     lists:pl.Series, # from `shingles`
 )->np.ndarray: # one row per text, one column per band
     "The bands of the texts' MinHash signatures, each as one number"
-    from rensa import RMinHash
-    flat = np.ascontiguousarray(lists.explode().to_numpy(), np.uint64)
-    offsets = np.concatenate([[0], np.cumsum(lists.list.len().to_numpy())]).astype(np.uint64)
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, _BANDS*_HASHES_PER_BAND, 42)
-    signature = np.array(matrix.to_rows(), np.uint64).reshape(len(lists), _BANDS, _HASHES_PER_BAND)
+    signatures = _signatures(lists)
     mixed = np.zeros((len(lists), _BANDS), np.uint64)
     for i in range(_HASHES_PER_BAND):
-        mixed = splitmix64(mixed ^ signature[:, :, i], i)
+        mixed = splitmix64(mixed ^ signatures[:, :, i], i)
     return mixed
 
 # %% ../nbs/13_splitting.ipynb #c018
@@ -103,37 +121,50 @@ def jaccard_similarity(
 )->np.ndarray: # 0 to 1 for each pair
     "The Jaccard similarity of each pair of texts"
     pairs = pl.DataFrame({"a": one.list.unique(), "b": other.list.unique()})
-    counts = pairs.select(
-        shared=pl.col("a").list.set_intersection("b").list.len(),
-        total=pl.col("a").list.len() + pl.col("b").list.len())
+    shared = pl.col("a").list.set_intersection("b").list.len()
+    total = pl.col("a").list.len() + pl.col("b").list.len()
+    counts = pairs.select(shared=shared, total=total)
     return counts.select(pl.col("shared")/(pl.col("total") - pl.col("shared"))).to_series().to_numpy()
 
+# %% ../nbs/13_splitting.ipynb #583be48f
 def _are_similar(texts, rows, first, second, width, threshold, size=10_000):
     "Whether the texts of each pair are similar"
-    parts = []
+    parts = [np.zeros(0, bool)]
     for i in range(0, len(first), size):
-        numbers = np.concatenate([first[i:i + size], second[i:i + size]])
+        part = slice(i, i + size)
+        numbers = np.concatenate([first[part], second[part]])
         used, where = np.unique(numbers, return_inverse=True)
-        lists, n = shingles(texts.gather(rows[used]), width), len(where)//2
-        parts.append(jaccard_similarity(lists[where[:n]], lists[where[n:]]) >= threshold)
-    return np.concatenate(parts) if parts else np.zeros(0, bool)
+        lists = shingles(texts.gather(rows[used]), width)
+        one, other = np.split(where, 2)
+        similarity = jaccard_similarity(lists[one], lists[other])
+        parts.append(similarity >= threshold)
+    return np.concatenate(parts)
 
 # %% ../nbs/13_splitting.ipynb #c019
+def _pairs_in_band(column, reach):
+    "Pairs of rows with the same number: each row with the first one, and with the rows shortly before it"
+    order = np.argsort(column, kind="stable")
+    in_order = column[order]
+    same = in_order[1:] == in_order[:-1]
+    is_first = np.concatenate([[True], ~same])
+    starts = np.where(is_first, np.arange(len(order)), 0)
+    starts = np.maximum.accumulate(starts) # where the rows with the same number begin
+    first = starts[1:][same]
+    yield order[first], order[1:][same]
+    for distance in range(1, reach):
+        same = starts[distance:] == starts[:-distance]
+        later = distance + np.flatnonzero(same)
+        if not len(later): break
+        yield order[later - distance], order[later]
+
 def _candidate_pairs(keys, reach=16):
-    "Pairs of rows that agree in a band: each row with the rows shortly before it and with the first one"
+    "Pairs of rows that agree in a band, each pair once"
     pairs = []
     for column in keys.T:
-        order = np.argsort(column, kind="stable")
-        same = column[order][1:] == column[order][:-1]
-        is_first = np.concatenate([[True], ~same])
-        starts = np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
-        pairs.append(np.stack([order[starts[1:][same]], order[1:][same]]))
-        for distance in range(1, reach):
-            later = distance + np.flatnonzero(starts[distance:] == starts[:-distance])
-            if not len(later): break
-            pairs.append(np.stack([order[later - distance], order[later]]))
-    first, second = np.concatenate(pairs, axis=1) if pairs else np.zeros((2, 0), int)
-    return np.divmod(np.unique(first.astype(np.int64)*len(keys) + second), max(len(keys), 1))
+        pairs += [np.stack(pair) for pair in _pairs_in_band(column, reach)]
+    first, second = np.concatenate(pairs, axis=1)
+    numbers = np.unique(first.astype(np.int64)*len(keys) + second)
+    return np.divmod(numbers, max(len(keys), 1))
 
 # %% ../nbs/13_splitting.ipynb #51c9e821
 def near_duplicate_pairs(
@@ -146,9 +177,11 @@ def near_duplicate_pairs(
     "Pairs of near-duplicates, exact ones included: enough pairs that each near-duplicate is in one"
     from tqdm import tqdm
     rows = np.arange(len(texts)) if rows is None else rows
-    parts = tqdm(range(0, len(rows), size), desc="near-duplicates", unit="block", delay=2)
-    keys = [lsh_bands(shingles(texts.gather(rows[i:i + size]), width)) for i in parts]
-    first, second = _candidate_pairs(np.concatenate(keys) if keys else np.zeros((0, _BANDS), np.uint64))
+    keys = [np.zeros((0, _BANDS), np.uint64)]
+    for i in tqdm(range(0, len(rows), size), desc="near-duplicates", unit="block", delay=2):
+        part = texts.gather(rows[i:i + size])
+        keys.append(lsh_bands(shingles(part, width)))
+    first, second = _candidate_pairs(np.concatenate(keys))
     similar = _are_similar(texts, rows, first, second, width, threshold)
     return first[similar], second[similar]
 
@@ -178,6 +211,24 @@ def _group_by_later(pairs):
             neighbours.setdefault(j, []).append(i)
     return neighbours
 
+# %% ../nbs/13_splitting.ipynb #074bd37a
+def _connected_to_test(draws, keys, pairs):
+    "Whether duplicates or near-duplicates connect a row to one that was sampled for the test"
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    n = len(draws)
+    edges = [np.stack(pair) for pair in pairs]
+    for k in keys:
+        _, first, group = np.unique(k, return_index=True, return_inverse=True)
+        edges.append(np.stack([first[group], np.arange(n)])) # each row with the first one that has its key
+    ends = np.concatenate(edges, axis=1)
+    graph = coo_array((np.ones(ends.shape[1], bool), tuple(ends)), shape=(n, n))
+    n_components, component = connected_components(graph, directed=False)
+    has_test = np.zeros(n_components, bool)
+    has_test[component[draws]] = True
+    return has_test[component]
+
+# %% ../nbs/13_splitting.ipynb #c1653904
 def assign_splits(
     draws:np.ndarray, # from `draw_test_mask`, in the file's order
     keys:list[np.ndarray], # hashes, equal for duplicates: for instance of titles and of contents
@@ -186,7 +237,7 @@ def assign_splits(
     "The split of each row; duplicates and near-duplicates are in the same one"
     split, neighbours = draws.astype(np.int8), _group_by_later(pairs)
     known = [{} for _ in keys] # for each kind of key: the split of each key
-    rows = np.flatnonzero(_connected_to_test(draws, keys, neighbours))
+    rows = np.flatnonzero(_connected_to_test(draws, keys, pairs))
     for i, *row_keys in zip(rows.tolist(), *(k[rows].tolist() for k in keys)):
         earlier = {splits[key] for splits, key in zip(known, row_keys) if key in splits}
         earlier |= {split[j] for j in neighbours.get(i, ()) if split[j] >= 0}
@@ -199,43 +250,28 @@ def assign_splits(
             splits[key] = split[i]
     return split
 
-# %% ../nbs/13_splitting.ipynb #a9d80aad
-def _connected_to_test(draws, keys, neighbours):
-    "Whether duplicates connect a row to one that was sampled for the test; all other rows are for training"
-    columns = [str(i) for i in range(len(keys))]
-    table = pl.DataFrame({"drawn": draws, **dict(zip(columns, keys))}).with_row_index("row")
-    earlier_rows = [i for earlier in neighbours.values() for i in earlier]
-    linked = pl.Series([*neighbours, *earlier_rows], dtype=pl.UInt32).unique()
-    is_linked = pl.col("row").is_in(linked.implode())
-    table = table.filter(pl.any_horizontal([pl.col(c).is_duplicated() for c in columns] + [is_linked]))
-    table = table.with_columns(reached=pl.col("drawn") | is_linked)
-    spread = pl.max_horizontal([pl.col("reached").any().over(c) for c in columns]) # to all rows with the same key
-    while True:
-        wider = table.with_columns(spread.alias("reached"))
-        if wider["reached"].sum() == table["reached"].sum(): break
-        table = wider
-    connected = np.zeros(len(draws), bool)
-    connected[table.filter("reached")["row"].to_numpy()] = True
-    return connected
-
 # %% ../nbs/13_splitting.ipynb #c035
-def deduplicate(
-    order:np.ndarray, # row numbers in the seeded order
-    keys:np.ndarray, # for each row a hash, equal for duplicates
-    pairs:tuple=(), # near-duplicates, as `near_duplicate_pairs` returns them
-)->np.ndarray: # for each row whether it is kept
-    "Which rows are kept: of duplicates only the first in the order"
-    kept = np.zeros(len(keys), bool)
-    kept[order[pl.Series(keys[order]).is_first_distinct().to_numpy()]] = True
-    if not len(pairs): return kept
+def _first_of_neighbours(kept, order, pairs):
+    "The rows of `kept` without those that are near-duplicates of an earlier kept one"
     neighbours = _group_by_later([pairs, pairs[::-1]]) # both directions: all near-duplicates of a row
-    rank = np.empty(len(keys), np.int64)
+    rank = np.empty(len(kept), np.int64)
     rank[order] = np.arange(len(order))
     candidates = [i for i in neighbours if kept[i]]
     for i in sorted(candidates, key=rank.__getitem__):
         if any(kept[j] and rank[j] < rank[i] for j in neighbours[i]):
             kept[i] = False
     return kept
+
+def deduplicate(
+    order:np.ndarray, # row numbers in the seeded order
+    keys:np.ndarray, # for each row a hash, equal for duplicates
+    pairs:tuple=(), # near-duplicates, as `near_duplicate_pairs` returns them
+)->np.ndarray: # for each row whether it is kept
+    "Which rows are kept: of duplicates only the first in the order"
+    is_first = pl.Series(keys[order]).is_first_distinct().to_numpy()
+    kept = np.zeros(len(keys), bool)
+    kept[order[is_first]] = True
+    return _first_of_neighbours(kept, order, pairs) if len(pairs) else kept
 
 # %% ../nbs/13_splitting.ipynb #383d54a2
 _WORD = rf"{_NO_SPACES}|\p{{N}}+(?:[.,]\p{{N}}+)*|[\p{{L}}\p{{M}}\p{{N}}]+"
@@ -244,20 +280,47 @@ def _hash_48_bits(expression):
     "A hash of 48 bits, so that a sum of thousands fits into 64 bits"
     return (expression.hash(3)//65536).cast(pl.Int64)
 
+def _words_with_hashes(texts):
+    "One row per word: `row`, `word`, and a hash of its place with the word (`here`) and without it (`masked`)"
+    words = texts.str.to_lowercase().str.extract_all(_WORD).to_frame("word").with_row_index("row")
+    words = words.explode("word", empty_as_null=False)
+    words = words.with_columns(place=pl.int_range(pl.len()).over("row"))
+    place_and_word = pl.struct("place", "word")
+    return words.with_columns(here=_hash_48_bits(place_and_word), masked=_hash_48_bits(pl.col("place")))
+
+# %% ../nbs/13_splitting.ipynb #7302ad23
 def find_variants(
     texts:pl.Series, # clean strings
 )->pl.DataFrame: # one row per group: `rows` (numbers of its texts) and `words` (in which they differ)
     "Groups of texts that differ in one word, wherever it appears"
-    words = texts.str.to_lowercase().str.extract_all(_WORD).to_frame("word").with_row_index("row")
-    words = words.explode("word", empty_as_null=False).with_columns(place=pl.int_range(pl.len()).over("row"))
-    words = words.with_columns(here=_hash_48_bits(pl.struct("place", "word")), masked=_hash_48_bits(pl.col("place")))
+    words = _words_with_hashes(texts)
     text_sum = pl.col("here").sum().over("row")
-    key = text_sum + (pl.col("masked") - pl.col("here")).sum().over("row", "word") # the text with this word masked
-    by_key = words.with_columns(key=key).unique(["row", "word"]).group_by("key")
+    masking = (pl.col("masked") - pl.col("here")).sum().over("row", "word")
+    words = words.with_columns(key=text_sum + masking) # a hash of the text with this word masked
+    by_key = words.unique(["row", "word"]).group_by("key")
     groups = by_key.agg(rows=pl.col("row").sort(), words=pl.col("word").unique().sort())
     return groups.filter(pl.col("words").list.len() > 1).select("rows", "words").sort("rows")
 
 # %% ../nbs/13_splitting.ipynb #c038
+def _band_table(lists):
+    "The bands of texts as columns, with row numbers"
+    return pl.DataFrame(lsh_bands(lists), schema=[str(b) for b in range(_BANDS)]).with_row_index("row")
+
+def _compare_texts(test, train, width):
+    "The pairs of a test and a training text that agree in a band: `test`, `train`, `similarity`"
+    of_test = shingles(test, width)
+    of_train = shingles(train, width)
+    test_bands = _band_table(of_test)
+    train_bands = _band_table(of_train)
+    found = []
+    for band in map(str, range(_BANDS)):
+        joined = test_bands.join(train_bands, on=band, suffix="_train")
+        found.append(joined.select(test="row", train="row_train"))
+    pairs = pl.concat(found).unique(maintain_order=True)
+    similarity = jaccard_similarity(of_test[pairs["test"]], of_train[pairs["train"]])
+    return pairs.with_columns(similarity=pl.Series(similarity))
+
+# %% ../nbs/13_splitting.ipynb #632445a3
 def find_leaks(
     test:pl.DataFrame, # with `title` and `content`
     train:pl.DataFrame, # the same
@@ -266,15 +329,6 @@ def find_leaks(
     "Test rows that are duplicates or near-duplicates of training rows"
     found = []
     for key, width in SHINGLE_WIDTH.items():
-        of_test, of_train = shingles(test[key], width), shingles(train[key], width)
-        test_bands, train_bands = _band_table(of_test), _band_table(of_train)
-        joined = [test_bands.join(train_bands, on=str(b), suffix="_train") for b in range(_BANDS)]
-        pairs = pl.concat(j.select("row", "row_train") for j in joined).unique(maintain_order=True)
-        similarity = jaccard_similarity(of_test[pairs["row"]], of_train[pairs["row_train"]])
-        columns = [pl.lit(key).alias("of"), pl.col("row").alias("test"), pl.col("row_train").alias("train")]
-        found.append(pairs.select(*columns, pl.Series("similarity", similarity)))
+        pairs = _compare_texts(test[key], train[key], width)
+        found.append(pairs.select(pl.lit(key).alias("of"), pl.all()))
     return pl.concat(found).filter(pl.col("similarity") >= threshold)
-
-def _band_table(lists):
-    "The bands of texts as columns, with row numbers"
-    return pl.DataFrame(lsh_bands(lists), schema=[str(b) for b in range(_BANDS)]).with_row_index("row")
