@@ -112,7 +112,9 @@ def evaluate(
         adapter = adapter.resolve() # "." has no parent to write to
     with _exit_on_error("Cannot be evaluated"):
         with contextlib.redirect_stdout(sys.stderr):
-            from descgen.report import evaluate_adapter, verdict, write_report
+            from descgen.evaluate_adapter import evaluate_adapter
+            from descgen.report import write_report
+            from descgen.verdict import verdict
             evaluation = evaluate_adapter(adapter, data, rows, title_field, content_field, encoding)
             written = write_report(evaluation, page or adapter.parent/"report.html", adapter.resolve().parent.name)
     typer.echo(to_json(evaluation.to_dict()) if as_json else f"{verdict(evaluation)}\n{written}")
@@ -226,7 +228,7 @@ def _read_verdict(folder):
     path = folder/"evaluation.json"
     if not path.is_file(): return None
     from descgen.evaluation import read_evaluation
-    from descgen.report import verdict
+    from descgen.verdict import verdict
     try:
         return verdict(read_evaluation(path))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):

@@ -17,7 +17,8 @@ from .files import to_json
 from .manifest import read_manifest
 from .runs import differences
 from .train import loss_points
-from .report import format_number, format_signed, metric_gains, outcome, select_examples, write_page
+from .report import metric_gains, select_examples, write_page
+from .verdict import format_number, format_signed, outcome
 
 # %% ../nbs/73_compare.ipynb #8a2cab76
 def _check_rows(evaluation):
@@ -190,4 +191,4 @@ def write_comparison(
         tables.append((part.capitalize(), ["", *names], rows))
     plots = {"Losses of both runs in nats per token.": plot_curves(manifests)}
     summary, examples = _summarize(names, compared), _example_texts(one, other)
-    return write_page(path, " and ".join(names), summary, plots, tables, examples, names)
+    return write_page(path, " and ".join(names), summary, plots, tables, shown=examples, sides=names)

@@ -8,8 +8,8 @@ from descgen.evaluation import read_evaluation
 from descgen.files import load_manifest
 from descgen.manifest import MANIFEST_ENTRIES
 from descgen.metrics import BASE
-from descgen.report import outcome, summary
 from descgen.runs import changed_files
+from descgen.verdict import outcome, summary
 
 pytestmark = pytest.mark.slow
 
