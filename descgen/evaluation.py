@@ -180,15 +180,19 @@ def _upgrade(old):
 
 # %% ../nbs/62_evaluation.ipynb #9e29806a
 def _encode_usable_rows(rows, tokenizer, parts, recipe):
-    "Index, row and encoded example of each row that has a description and fits the model"
+    "Numbers, rows and encoded examples of the rows that have a description and fit the model"
     from descgen.formatting import encode_rows
-    usable = []
+    numbers, usable, encoded = [], [], []
     for i, row in enumerate(rows):
         if not row["content"].strip(): continue
         examples = encode_rows([row], tokenizer, parts, recipe.max_length, "completion")[0]
-        if examples: usable.append((i, row, examples[0]))
-    return usable
+        if not examples: continue
+        numbers.append(i)
+        usable.append(row)
+        encoded.append(examples[0])
+    return numbers, usable, encoded
 
+# %% ../nbs/62_evaluation.ipynb #4cc3436e
 def _add_losses(columns, model, examples, contents, recipe):
     "Add the test losses of the base and the fine-tuned model"
     for name, context in ((BASE, model.disable_adapter), (TUNED, nullcontext)):
@@ -196,6 +200,7 @@ def _add_losses(columns, model, examples, contents, recipe):
             losses = loss_sums(model, examples, contents, recipe)
         columns[name] |= {m: np.array(sums, float) for m, sums in losses.items()}
 
+# %% ../nbs/62_evaluation.ipynb #5b4ab6dd
 def _by_subset(columns, leaked, seed):
     "Scores of all rows, and of clean and leaked rows if there are both"
     subsets = {"all": [True]*len(leaked)}
@@ -205,6 +210,13 @@ def _by_subset(columns, leaked, seed):
         selected = {n: {m: sums[np.array(mask)] for m, sums in metrics.items()} for n, metrics in columns.items()}
         scores[subset] = score_systems(selected, seed)
     return scores
+
+# %% ../nbs/62_evaluation.ipynb #127afc1a
+def _find_nearest(titles, train):
+    "Indices of the nearest training rows of each title; none without training rows"
+    return nearest_titles(titles, [r["title"] for r in train]) if train else [[] for _ in titles]
+
+def _as_lists(columns): return {m: np.asarray(sums).tolist() for m, sums in columns.items()}
 
 # %% ../nbs/62_evaluation.ipynb #5a77149b
 def evaluate(
@@ -218,23 +230,20 @@ def evaluate(
     leaked:set=frozenset(), # indices of test rows with a duplicate or near-duplicate in `train`, from `find_leaks`
 )->Evaluation: # without titles if no row can be used
     "Compare base model, fine-tuned model and baselines on the same titles"
-    usable = _encode_usable_rows(rows, tokenizer, parts, recipe)
+    numbers, usable, examples = _encode_usable_rows(rows, tokenizer, parts, recipe)
     if not usable: return Evaluation(left_out=len(rows))
-    numbers, rows_, examples = map(list, zip(*usable))
-    titles, contents = [r["title"] for r in rows_], [r["content"] for r in rows_]
-    near = nearest_titles(titles, [r["title"] for r in train]) if train else [[] for _ in titles]
+    titles, contents = [r["title"] for r in usable], [r["content"] for r in usable]
+    near = _find_nearest(titles, train)
     texts, ended = generate_all(model, tokenizer, titles, parts, recipe)
-    written = baselines(titles, train, near)
-    texts, ended = texts | written, ended | {name: [True]*len(titles) for name in written}
-    columns = _all_metric_sums(texts, ended, rows_, near, train)
+    texts |= baselines(titles, train, near)
+    ended = {name: ended.get(name, [True]*len(titles)) for name in texts} # the baselines' texts are complete
+    columns = _all_metric_sums(texts, ended, usable, near, train)
     _add_losses(columns, model, examples, contents, recipe)
-    is_leaked = [i in leaked for i in numbers]
     return Evaluation(
         titles, contents, texts, ended, {name: distinct_n(own) for name, own in texts.items()},
         {name: _as_lists(columns[name]) for name in (BASE, TUNED)},
-        _by_subset(columns, is_leaked, recipe.seed), leaked=sum(is_leaked), left_out=len(rows) - len(usable))
-
-def _as_lists(columns): return {m: np.asarray(sums).tolist() for m, sums in columns.items()}
+        _by_subset(columns, [i in leaked for i in numbers], recipe.seed),
+        leaked=len(leaked & set(numbers)), left_out=len(rows) - len(usable))
 
 # %% ../nbs/62_evaluation.ipynb #0fe9ebbe
 def _time_call(function, *args, **kw):
@@ -253,6 +262,7 @@ def _estimate_generation(model, tokenizer, prompts, tokens):
     long = _time_call(complete, model, tokenizer, prompts, False, max_new_tokens=many, **settings)
     return short + max(long - short, 0)/(many - few)*(tokens - few)
 
+# %% ../nbs/62_evaluation.ipynb #bdddc17f
 def estimate_evaluation(
     model, # with its adapter
     tokenizer, # of the model

