@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 from .evaluation import Evaluation
-from .metrics import BASE, TUNED, label_of
+from .metrics import BASE, SYSTEMS, TUNED, label_of
 
 # %% ../nbs/66_blind_test.ipynb #2a744da9
 CATALOGUE = "catalogue" # the real descriptions
@@ -34,11 +34,19 @@ def pairs_to_judge(
     rng.shuffle(pairs)
     return pairs
 
-# %% ../nbs/66_blind_test.ipynb #54c2a36c
-def _read_votes(path):
-    path = Path(path)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+# %% ../nbs/66_blind_test.ipynb #f2f4b3e9
+_IDENTIFIERS = {system.label: name for name, system in SYSTEMS.items()} # earlier versions wrote labels
 
+def _read_votes(path):
+    "The votes of a file; none if it does not exist"
+    if not Path(path).exists(): return []
+    votes = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    for vote in votes:
+        vote["sides"] = [_IDENTIFIERS.get(name, name) for name in vote["sides"]]
+        vote["better"] = _IDENTIFIERS.get(vote["better"], vote["better"])
+    return votes
+
+# %% ../nbs/66_blind_test.ipynb #54c2a36c
 def score_votes(
     path:str|Path, # from `blind_test`
 )->dict: # `votes` by system, `no_difference`, and `p`: the p-value of a binomial test; None without votes
@@ -48,7 +56,7 @@ def score_votes(
     systems = sorted(votes[0]["sides"]) if votes else []
     count = {name: sum(vote["better"] == name for vote in votes) for name in systems}
     total = sum(count.values())
-    p = binomtest(count[systems[0]], total).pvalue if total else None
+    p = float(binomtest(count[systems[0]], total).pvalue) if total else None
     return {"votes": count, "no_difference": sum(vote["better"] is None for vote in votes), "p": p}
 
 # %% ../nbs/66_blind_test.ipynb #b1f4bb5c
