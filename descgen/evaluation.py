@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter
 
 from .claims import common_words, longest_shared_runs, unsupported_claims
 from .files import from_json
@@ -125,8 +125,9 @@ class Evaluation:
 # %% ../nbs/62_evaluation.ipynb #ef39f163
 def _check_lengths(evaluation):
     "ValueError if a list has not one value per title"
-    sums = [rows for metrics in evaluation.per_row.values() for rows in metrics.values()]
-    lists = [evaluation.contents, *evaluation.texts.values(), *evaluation.ended.values(), *sums]
+    lists = [evaluation.contents, *evaluation.texts.values(), *evaluation.ended.values()]
+    for metrics in evaluation.per_row.values():
+        lists += metrics.values()
     if any(len(values) != len(evaluation.titles) for values in lists):
         raise ValueError("the number of values differs from the number of titles")
 
@@ -170,13 +171,15 @@ def _rename_keys(value):
 
 def _upgrade(old):
     "The values of schema 1 as those of schema 2"
-    said = _rename_keys(old.said)
-    values = {name: _rename_keys(getattr(old, name)) for name in ("distinct", "scores", "file")}
-    return values | {
-        "titles": old.titles, "contents": old.catalogue, "per_row": _rename_keys(old.each),
-        "texts": {name: [text for text, _ in pairs] for name, pairs in said.items()},
-        "ended": {name: [end for _, end in pairs] for name, pairs in said.items()},
-        "leaked": old.leaked, "left_out": old.left_out}
+    texts, ended = {}, {}
+    for name, pairs in _rename_keys(old.said).items():
+        texts[name] = [text for text, _ in pairs]
+        ended[name] = [end for _, end in pairs]
+    values = {"titles": old.titles, "contents": old.catalogue, "texts": texts, "ended": ended}
+    values |= {"leaked": old.leaked, "left_out": old.left_out, "per_row": _rename_keys(old.each)}
+    for name in ("distinct", "scores", "file"):
+        values[name] = _rename_keys(getattr(old, name))
+    return values
 
 # %% ../nbs/62_evaluation.ipynb #9e29806a
 def _encode_usable_rows(rows, tokenizer, parts, recipe):
@@ -201,20 +204,26 @@ def _add_losses(columns, model, examples, contents, recipe):
         columns[name] |= {m: np.array(sums, float) for m, sums in losses.items()}
 
 # %% ../nbs/62_evaluation.ipynb #5b4ab6dd
+def _select(columns, mask):
+    "The sums of some rows"
+    selected = {}
+    for name, metrics in columns.items():
+        selected[name] = {m: sums[np.array(mask)] for m, sums in metrics.items()}
+    return selected
+
 def _by_subset(columns, leaked, seed):
     "Scores of all rows, and of clean and leaked rows if there are both"
-    subsets = {"all": [True]*len(leaked)}
-    if any(leaked) and not all(leaked): subsets |= {"clean": [not x for x in leaked], "leaked": leaked}
-    scores = {}
-    for subset, mask in subsets.items():
-        selected = {n: {m: sums[np.array(mask)] for m, sums in metrics.items()} for n, metrics in columns.items()}
-        scores[subset] = score_systems(selected, seed)
+    scores = {"all": score_systems(columns, seed)}
+    if any(leaked) and not all(leaked):
+        scores["clean"] = score_systems(_select(columns, [not x for x in leaked]), seed)
+        scores["leaked"] = score_systems(_select(columns, leaked), seed)
     return scores
 
 # %% ../nbs/62_evaluation.ipynb #127afc1a
 def _find_nearest(titles, train):
     "Indices of the nearest training rows of each title; none without training rows"
-    return nearest_titles(titles, [r["title"] for r in train]) if train else [[] for _ in titles]
+    if not train: return [[] for _ in titles]
+    return nearest_titles(titles, [r["title"] for r in train])
 
 def _as_lists(columns): return {m: np.asarray(sums).tolist() for m, sums in columns.items()}
 

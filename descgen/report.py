@@ -70,7 +70,7 @@ def _add_legend(fig, rows):
 # %% ../nbs/64_report.ipynb #afb8bea4
 def _plotted_metrics(part):
     "The plotted metrics that were measured"
-    measured = {m for differences in part["differences"].values() for m in differences}
+    measured = set().union(*part["differences"].values())
     return [m for m, metric in METRICS.items() if metric.plotted and m in measured]
 
 def _in_two_lines(label):
@@ -101,6 +101,8 @@ def plot_differences(
 
 # %% ../nbs/64_report.ipynb #0d7542e1
 def _format_with_interval(values):
+    "A value with its interval; an empty text if it was not measured"
+    if values is None: return ""
     value, low, high = (format_number(values[key]) for key in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
 
@@ -109,10 +111,12 @@ def score_table(
     metrics:list[str]=list(METRICS), # metrics to show; those that were not measured are left out
 )->tuple[list[str], list[list[str]]]: # head and rows
     "Metrics of every system with their 95 % confidence intervals"
-    metrics = [m for m in metrics if any(m in values for values in part["values"].values())]
+    measured = set().union(*part["values"].values())
+    metrics = [m for m in metrics if m in measured]
     rows = []
     for name, values in part["values"].items():
-        rows.append([label_of(name), *(_format_with_interval(values[m]) if m in values else "" for m in metrics)])
+        cells = [_format_with_interval(values.get(m)) for m in metrics]
+        rows.append([label_of(name), *cells])
     return ["", *map(label_of, metrics)], rows
 
 # %% ../nbs/64_report.ipynb #226e03c2
@@ -124,27 +128,30 @@ def _metric_row(metric, part):
             row.append("")
             continue
         value, low, high = (format_number(values[metric][key]) for key in ("value", "low", "high"))
-        row.append(value if values[metric]["low"] is None else (value, f"{low} to {high}"))
+        has_interval = values[metric]["low"] is not None
+        row.append((value, f"{low} to {high}") if has_interval else value)
     return row
 
 # %% ../nbs/64_report.ipynb #0551a3ec
 _SUBSETS = {"all": "All test rows", "clean": "Test rows without a near-duplicate among the training rows",
             "leaked": "Test rows with a near-duplicate among the training rows"}
 
-def _describe_systems(part):
-    "Label and explanation of each system"
-    return [(label_of(name), SYSTEMS[name].meaning if name in SYSTEMS else "") for name in part["values"]]
+def _describe_system(name):
+    "Label and explanation of a system"
+    return label_of(name), SYSTEMS[name].meaning if name in SYSTEMS else ""
 
 def _build_tables(evaluation):
     "Tables for all test rows and for each subset, one row per metric"
     tables = []
     for subset, part in evaluation.scores.items():
-        head = ["", *_describe_systems(part)]
+        head = ["", *map(_describe_system, part["values"])]
         rows = [_metric_row(m, part) for m in METRICS]
         rows = [row for row in rows if any(row[1:])]
         if subset == "all" and evaluation.distinct:
-            rows.append(["distinct_2", *(format_number(evaluation.distinct.get(name)) for name in part["values"])])
-        tables.append((f"{_SUBSETS[subset]} ({part['rows']:,}), values with 95 % confidence intervals", head, rows))
+            shares = [evaluation.distinct.get(name) for name in part["values"]]
+            rows.append(["distinct_2", *map(format_number, shares)])
+        title = f"{_SUBSETS[subset]} ({part['rows']:,}), values with 95 % confidence intervals"
+        tables.append((title, head, rows))
     return tables
 
 # %% ../nbs/64_report.ipynb #1aacc7a0
