@@ -114,10 +114,12 @@ def evaluate(
         adapter = adapter.resolve() # "." has no parent to write to
     with _exit_on_error("Cannot be evaluated"):
         with contextlib.redirect_stdout(sys.stderr):
-            from descgen.report import evaluate_adapter, verdict, write_report
-            found = evaluate_adapter(adapter, data, rows, title_field, content_field, encoding)
-            written = write_report(found, page or adapter.parent/"report.html", adapter.resolve().parent.name)
-    typer.echo(to_json(found) if as_json else f"{verdict(found)}\n{written}")
+            from descgen.evaluate_adapter import evaluate_adapter
+            from descgen.report import write_report
+            from descgen.verdict import verdict
+            evaluation = evaluate_adapter(adapter, data, rows, title_field, content_field, encoding)
+            written = write_report(evaluation, page or adapter.parent/"report.html", adapter.resolve().parent.name)
+    typer.echo(to_json(evaluation.to_dict()) if as_json else f"{verdict(evaluation)}\n{written}")
 
 # %% ../nbs/90_cli.ipynb #245b2304
 def _yaml_problem(error):
@@ -228,12 +230,12 @@ def _start(values, name, root, notebook):
 # %% ../nbs/90_cli.ipynb #f0cf4c03
 def _read_verdict(folder):
     "The verdict on a run's evaluation; None if it is missing or cannot be read"
-    from descgen.files import from_json
     path = folder/"evaluation.json"
     if not path.is_file(): return None
-    from descgen.report import verdict
+    from descgen.evaluation import read_evaluation
+    from descgen.verdict import verdict
     try:
-        return verdict(from_json(path.read_text(encoding="utf-8")))
+        return verdict(read_evaluation(path))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None # from another version
 

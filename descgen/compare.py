@@ -11,14 +11,15 @@ import json, math, os
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, model_validator
 
+from .evaluation import Evaluation, read_evaluation
 from .execute import ADAPTER_WEIGHTS
 from .files import sha256_file, to_json
 from .manifest import Manifest, environment_info, read_manifest
-from .metrics import bootstrap_resamples, metric_from_sums, METRICS, paired_bootstrap, TUNED
-from .report import format_number, format_signed, metric_gains, outcome, select_examples, write_page
+from .metrics import bootstrap_resamples, metric_from_sums, METRICS, TUNED, label_of, paired_bootstrap
+from .report import metric_gains, select_examples, write_page
 from .train import loss_points
+from .verdict import format_number, format_signed, outcome
 
 # %% ../nbs/74_compare.ipynb #5d423902
 def _flatten(value, name=""):
@@ -71,39 +72,32 @@ def changed_files(
     return lines
 
 # %% ../nbs/74_compare.ipynb #8a2cab76
-class _Evaluation(BaseModel):
-    "A run's metrics and texts for each test row"
-    titles: list[str]
-    catalogue: list[str]
-    said: dict[str, list[tuple[str, bool]]]
-    each: dict[str, dict[str, list[list[float|None]]]] # None: a loss that was not finite
-
-    @model_validator(mode="after")
-    def _check_rows(self):
-        "ValueError if a value of the fine-tuned model is missing for a row"
-        each = self.each.get(TUNED, {})
-        columns = [self.catalogue, self.said.get(TUNED, []), each.get("chrF", []), *each.values()]
-        if {len(column) for column in columns} != {len(self.titles)}: raise ValueError("some rows have no values")
-        for metric, rows in each.items():
-            width = 10 if metric == "BLEU" else 2 # the columns that `metric_from_sums` reads
-            if any(len(row) != width for row in rows): raise ValueError(f"{metric} needs {width} values per row")
-        if any(None in row for row in each.get("chrF", [])): raise ValueError("chrF is missing") # it sorts the titles
-        return self
+def _check_rows(evaluation):
+    "ValueError if a value of the fine-tuned model is missing for a row"
+    sums = evaluation.per_row.get(TUNED, {})
+    columns = [evaluation.contents, evaluation.texts.get(TUNED, []), sums.get("chrF", []), *sums.values()]
+    if {len(column) for column in columns} != {len(evaluation.titles)}: raise ValueError("some rows have no values")
+    for metric, rows in sums.items():
+        width = 10 if metric == "BLEU" else 2 # the columns that `metric_from_sums` reads
+        if any(len(row) != width for row in rows): raise ValueError(f"{metric} needs {width} values per row")
+    if any(None in row for row in sums.get("chrF", [])): raise ValueError("chrF is missing") # it sorts the titles
 
 # %% ../nbs/74_compare.ipynb #68ac2fda
 def _read_evaluation(folder):
-    "A run's evaluation; {} if it is missing or cannot be read"
+    "A run's evaluation; an empty one if it is missing or cannot be read"
     try:
-        return _Evaluation.model_validate_json((Path(folder)/"evaluation.json").read_bytes()).model_dump()
+        evaluation = read_evaluation(Path(folder)/"evaluation.json")
+        _check_rows(evaluation)
     except (OSError, ValueError):
-        return {}
+        return Evaluation()
+    return evaluation
 
 def shared_rows(
-    one:dict, # a run's evaluation
-    other:dict, # another run's evaluation
+    one:Evaluation, # of a run
+    other:Evaluation, # of another run
 )->list[tuple[int, int]]: # row numbers in the first and in the second evaluation
     "Test rows (title and content) that two evaluations have in common"
-    first, second = (list(zip(found.get("titles", []), found.get("catalogue", []))) for found in (one, other))
+    first, second = (list(zip(evaluation.titles, evaluation.contents)) for evaluation in (one, other))
     number = {row: i for i, row in reversed(list(enumerate(second)))}
     return [(i, number[row]) for i, row in enumerate(first) if row in number]
 
@@ -115,7 +109,7 @@ def _metric(sums):
 
 def _select_rows(evaluation, rows):
     "The fine-tuned model's metrics in these rows"
-    return {metric: np.array(columns, float)[rows] for metric, columns in evaluation["each"][TUNED].items()}
+    return {metric: np.array(columns, float)[rows] for metric, columns in evaluation.per_row[TUNED].items()}
 
 def _same_tokenizer(one, other):
     "Whether two runs have the same tokenizer, or both none"
@@ -145,7 +139,7 @@ def compare_metrics(
 
 # %% ../nbs/74_compare.ipynb #286f3e12
 _OUTCOMES = {"better": "the second is better", "worse": "the first is better", "other": "they differ",
-    "not to be told apart": "no significant difference"}
+    "inconclusive": "no significant difference"}
 
 def _metric_row(metric, found, rows):
     "A metric's name, both values, the difference with its interval, and the conclusion"
@@ -174,7 +168,7 @@ def difference_lines(
     if found["measures"]:
         lines.append(f"metrics on the {found['rows']} common test titles")
     for metric, first, second, difference, conclusion in _metric_rows(found):
-        lines.append(f"  {metric}: {first} → {second}, {difference}: {conclusion}")
+        lines.append(f"  {label_of(metric)}: {first} → {second}, {difference}: {conclusion}")
     return lines or ["No differences."]
 
 # %% ../nbs/74_compare.ipynb #741170b3
@@ -210,12 +204,12 @@ def _example_texts(one, other, each=4):
     "For common titles: why it is shown, title, the catalogue's text and both runs' texts"
     a, b = _read_evaluation(one), _read_evaluation(other)
     shared = shared_rows(a, b)
-    first_chrf = [a["each"][TUNED]["chrF"][i] for i, _ in shared]
-    second_chrf = [b["each"][TUNED]["chrF"][j] for _, j in shared]
+    first_chrf = [a.per_row[TUNED]["chrF"][i] for i, _ in shared]
+    second_chrf = [b.per_row[TUNED]["chrF"][j] for _, j in shared]
     examples = []
     for why, number in select_examples(metric_gains({"chrF": second_chrf}, {"chrF": first_chrf}), each):
         i, j = shared[number]
-        examples.append((why, a["titles"][i], a["catalogue"][i], a["said"][TUNED][i][0], b["said"][TUNED][j][0]))
+        examples.append((why, a.titles[i], a.contents[i], a.texts[TUNED][i], b.texts[TUNED][j]))
     return examples
 
 # %% ../nbs/74_compare.ipynb #6750c7ae
@@ -230,7 +224,7 @@ def _summarize(names, compared):
     if not rows: return "The runs have no test titles in common that could be compared."
     better = []
     for name, conclusion in zip(names, (_OUTCOMES["worse"], _OUTCOMES["better"])):
-        metrics = [row[0] for row in rows if row[4] == conclusion]
+        metrics = [label_of(row[0]) for row in rows if row[4] == conclusion]
         if metrics:
             better.append(f"{name} is better in {', '.join(metrics)}")
     return (f"On the {compared['rows']} common test titles, with 95 % confidence intervals: "
@@ -253,7 +247,7 @@ def write_comparison(
         tables.append((part.capitalize(), ["", *names], rows))
     plots = {"Losses of both runs in nats per token.": plot_curves(manifests)}
     summary, examples = _summarize(names, compared), _example_texts(one, other)
-    return write_page(path, " and ".join(names), summary, plots, tables, examples, names)
+    return write_page(path, " and ".join(names), summary, plots, tables, shown=examples, sides=names)
 
 # %% ../nbs/74_compare.ipynb #4b9265cb
 def _initial_adapter(manifest):

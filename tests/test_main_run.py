@@ -1,14 +1,15 @@
 """The run that `make run` made last learnt something, and its files say so."""
-import html, json
+import html
 
 import nbformat, pytest
 
 from conftest import ROOT
 from descgen.compare import changed_files
-from descgen.evaluation import BASE
+from descgen.evaluation import read_evaluation
 from descgen.files import load_manifest
 from descgen.manifest import Manifest
-from descgen.report import outcome, summary
+from descgen.metrics import BASE
+from descgen.verdict import outcome, summary
 
 pytestmark = pytest.mark.slow
 
@@ -22,12 +23,12 @@ def run():
 
 @pytest.fixture(scope="module")
 def evaluation(run):
-    return json.loads((run/"evaluation.json").read_text(encoding="utf-8"))
+    return read_evaluation(run/"evaluation.json")
 
 def test_main_run_learns(run, evaluation):
     loss = load_manifest(run)["test_loss"]
     assert loss["after"] < loss["before"]
-    scores = evaluation["scores"]["all"]
+    scores = evaluation.scores["all"]
     for metric in ("loss", "chrF"):
         assert outcome(metric, scores["differences"][BASE][metric], scores["rows"]) == "better", metric
 

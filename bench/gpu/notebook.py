@@ -24,8 +24,8 @@ def run(args):
     named = {k: record.get(k) for k in ("state", "plan", "test_loss", "peak_memory_gb", "minutes", "skipped_steps")}
     again = subprocess.run([sys.executable, "-c", "from descgen.cli import app; app()", "evaluate", "--adapter", folder/"adapter", "--json"], capture_output=True, text=True, cwd=ROOT)
     if again.returncode: raise RuntimeError(again.stderr[-2000:])
-    named["test loss of `descgen evaluate`"] = json.loads(again.stdout)["scores"]["all"]["values"]["fine-tuned"]["loss"]["value"]
-    return named | {"seconds": time.time() - start, "adapter": sorted(p.name for p in (folder/"adapter").iterdir()), "settled": record.get("fingerprint"), "last losses": record["history"][-4:]}
+    named["test loss of `descgen evaluate`"] = json.loads(again.stdout)["scores"]["all"]["values"]["fine_tuned"]["loss"]["value"]
+    return named | {"seconds": time.time() - start, "adapter": sorted(p.name for p in (folder/"adapter").iterdir()), "fingerprint": record.get("fingerprint"), "last losses": record["history"][-4:]}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
