@@ -35,14 +35,15 @@ def generate_all(
 )->dict: # for each system a list of texts, and whether each text ended with the end-of-sequence token
     "Texts of the base and the fine-tuned model, sampled and greedy"
     from descgen.formatting import prompt_ids
-    from descgen.inference import complete
+    from descgen.inference import Sampling, complete
     prompts = [prompt_ids(t, tokenizer, parts) for t in titles]
-    settings = recipe.temperature, recipe.top_p, recipe.max_new_tokens, batch_size, recipe.seed
+    settings = dict(max_new_tokens=recipe.max_new_tokens, temperature=recipe.temperature, top_p=recipe.top_p,
+        seed=recipe.seed, batch_size=batch_size)
     said = {}
     for name, context in ((BASE, model.disable_adapter), (TUNED, nullcontext)):
-        for suffix, sample in (("", True), (GREEDY, False)):
+        for suffix, greedy in (("", False), (GREEDY, True)):
             with context():
-                ids = complete(model, tokenizer, prompts, sample, *settings)
+                ids = complete(model, tokenizer, prompts, Sampling(**settings, greedy=greedy))
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             ended = [bool(new) and new[-1] == tokenizer.eos_token_id for new in ids]
             said[name + suffix] = [(text.strip(), end) for text, end in zip(texts, ended)]
@@ -160,12 +161,12 @@ def _time_call(function, *args, **kw):
 
 def _estimate_generation(model, tokenizer, prompts, tokens):
     "Seconds to generate `tokens` tokens per prompt, extrapolated from 2 and 10 tokens"
-    from descgen.inference import complete
+    from descgen.inference import Sampling, complete
     few, many = 2, 10
-    settings = {"batch_size": len(prompts), "progress": False}
-    complete(model, tokenizer, prompts, False, max_new_tokens=few, **settings) # warm-up
-    short = _time_call(complete, model, tokenizer, prompts, False, max_new_tokens=few, **settings)
-    long = _time_call(complete, model, tokenizer, prompts, False, max_new_tokens=many, **settings)
+    short_texts, long_texts = (Sampling(n, greedy=True, batch_size=len(prompts)) for n in (few, many))
+    complete(model, tokenizer, prompts, short_texts, progress=False) # warm-up
+    short = _time_call(complete, model, tokenizer, prompts, short_texts, progress=False)
+    long = _time_call(complete, model, tokenizer, prompts, long_texts, progress=False)
     return short + max(long - short, 0)/(many - few)*(tokens - few)
 
 def estimate_evaluation(

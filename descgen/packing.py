@@ -61,6 +61,7 @@ class Packs:
         parts:TemplateParts, # of its chat template
         max_length:int=1024, # most tokens in an example and in a pack
         loss_on:str="all", # tokens with a loss: "all" or "completion"
+        *,
         packing:bool=True, # False: one example per pack
         seed:int=42, # of the order of packs within a block, and of the blocks from the second epoch on
         block_rows:int=1000, # rows that are packed together

@@ -99,7 +99,7 @@ def descgen(recipe, rows, tokens, watch, compile=False):
     model, tokenizer = load_model(recipe.model_id, recipe.max_seq_length, recipe.load_in_4bit, compute_dtype(recipe))
     packs = Packs(Dataset.from_list(rows), tokenizer, template_parts(tokenizer), recipe.max_length, recipe.loss_on, packing=recipe.packing)
     each = statistics.mean(len(packs[i]["input_ids"]) for i in range(32))
-    model = add_lora(model, recipe.r, recipe.lora_alpha, recipe.lora_dropout, recipe.target_modules, recipe.gradient_checkpointing)
+    model = add_lora(model, recipe)
     model.register_forward_pre_hook(watch.count, with_kwargs=True)
     try:
         with compiled(compile): train(model, tokenizer, packs, recipe.model_copy(update={"max_steps": steps_for(recipe, each, tokens)}), callbacks=[watch])
