@@ -92,7 +92,7 @@ def descgen(recipe, rows, tokens, watch, compile=False):
     from datasets import Dataset
     from descgen.formatting import template_parts
     from descgen.packing import Packs
-    from descgen.layers import patch_functions, unsloth_functions
+    from descgen.layers import patch_functions, unsloth_replacements
     from descgen.model import add_lora, load_model
     from descgen.recipe import compute_dtype
     from descgen.train import train
@@ -104,7 +104,7 @@ def descgen(recipe, rows, tokens, watch, compile=False):
     try:
         with compiled(compile): train(model, tokenizer, packs, recipe.model_copy(update={"max_steps": steps_for(recipe, each, tokens)}), callbacks=[watch])
     finally:
-        if has_gpu(): patch_functions({new: old for old, new in unsloth_functions().items()}) # the next way may be Unsloth's own
+        if has_gpu(): patch_functions({new: old for old, new in unsloth_replacements().items()}) # the next way may be Unsloth's own
     return model
 
 def unsloth_way(packing):
