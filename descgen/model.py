@@ -86,6 +86,7 @@ def native_bf16()->bool:
     is_emulated = is_x86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return cpu_bf16_supported() and not is_emulated
 
+# %% ../nbs/33_model.ipynb #09c515bf
 def resolve_model_id(
     model_id:str="auto", # "auto", the embedded model's name, a hub name, or a folder
 )->str: # a name or folder
@@ -161,6 +162,7 @@ def _model_source(model_id):
             "if it is gated, HF_TOKEN in the environment; a folder needs config.json and safetensors files; "
             f"model_id='{EMBEDDED}' needs neither.") from e
 
+# %% ../nbs/33_model.ipynb #2e693fd8
 def model_config(
     model_id:str, # from `resolve_model_id`
     load_in_4bit:bool=False, # from `resolve_4bit`; True: of the 4-bit version that Unsloth loads for some hub models
@@ -280,6 +282,7 @@ def read_adapter_config(
         raise FileNotFoundError(f"{folder} holds no adapter: {' and '.join(missing)} not found. {hint}")
     return json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
 
+# %% ../nbs/33_model.ipynb #931e7bc5
 def adapter_hash(
     folder:str|Path, # written by `save_adapter`
 )->str: # 64 hexadecimal digits
@@ -287,6 +290,7 @@ def adapter_hash(
     read_adapter_config(folder)
     return sha256_file(Path(folder)/"adapter_model.safetensors")
 
+# %% ../nbs/33_model.ipynb #2656a3b0
 def load_weights(
     model, # with an adapter of the same shape
     path:str|Path, # a safetensors file of an adapter
