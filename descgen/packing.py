@@ -98,7 +98,7 @@ class _ShuffledBlocks(_PackBlocks):
         self._ends = [0] # cumulative number of packs, after each block read
 
     def __getstate__(self): # the values that identify these packs when they are hashed
-        return (self.rows._fingerprint, self.parts, self.max_length, self.loss_on, self.packing, self.seed, self.block_rows)
+        return self.rows._fingerprint, self.parts, self.max_length, self.loss_on, self.packing, self.seed, self.block_rows
 
     def _shuffled_block(self, n):
         "The shuffled packs of the n-th block read"
