@@ -56,8 +56,9 @@ def _example_gradients(grad, Q, K, V, weights):
     "Gradients of the scaled queries, of the keys and of the values of one example"
     grad_weights = torch.bmm(grad, V.transpose(1, 2))
     grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-    grad_Q = torch.bmm(grad_scores, K)
-    return grad_Q, torch.bmm(grad_scores.transpose(1, 2), Q), torch.bmm(weights.transpose(1, 2), grad)
+    grad_K = torch.bmm(grad_scores.transpose(1, 2), Q)
+    grad_V = torch.bmm(weights.transpose(1, 2), grad)
+    return torch.bmm(grad_scores, K), grad_K, grad_V
 
 def _add_example(total, part, span):
     "Add an example's gradient of keys or values to its own tokens and to the first tokens that it also sees"
@@ -126,7 +127,8 @@ def packed_attention(module, query, key, value, attention_mask, position_ids=Non
     has_bool_mask = attention_mask is None or attention_mask.dtype == torch.bool
     if query.shape[2] == 1 and not torch.is_grad_enabled() and has_bool_mask:
         return decode_attention(query, key, value, attention_mask, scaling), None
-    if attention_mask is not None or position_ids is None or query.shape[0] > 1 or query.shape[2] != key.shape[2]:
+    is_pack = attention_mask is None and position_ids is not None and query.shape[0] == 1
+    if not is_pack or query.shape[2] != key.shape[2]: # with a cache there are more keys than queries
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
             position_ids=position_ids, **kwargs)
     out = PackedCausalAttention.apply(query[0], key[0], value[0], example_spans(position_ids), scaling)

@@ -79,7 +79,8 @@ def has_plain_adapter(layer):
     "Whether a layer has exactly one active LoRA adapter, without a bias and of no variant such as DoRA"
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged: return False
     name, *more = layer.active_adapters
-    return not more and name in layer.lora_A and name not in layer.lora_variant and not layer.lora_bias[name]
+    if more or name not in layer.lora_A: return False
+    return name not in layer.lora_variant and not layer.lora_bias[name]
 
 def _lora_forward(self, x, *args, **kwargs):
     "Forward pass of a PEFT LoRA layer, rounded once"
