@@ -88,8 +88,8 @@ def ours(work, recipe):
     from descgen.recipe import compute_dtype
     from descgen.train import train
     model, tokenizer = load_model(recipe.model_id, dtype=compute_dtype(recipe))
-    model = add_lora(model, recipe.r, recipe.lora_alpha, recipe.lora_dropout, recipe.target_modules, recipe.gradient_checkpointing, recipe.seed, recipe.use_rslora)
-    packs, watch = Packs(Dataset.from_list(read(f"{work}/train.jsonl")), tokenizer, template_parts(tokenizer), recipe.max_length, recipe.loss_on, recipe.packing), clock()
+    model = add_lora(model, recipe)
+    packs, watch = Packs(Dataset.from_list(read(f"{work}/train.jsonl")), tokenizer, template_parts(tokenizer), recipe.max_length, recipe.loss_on, packing=recipe.packing), clock()
     n = packs.per_epoch()
     train(model, tokenizer, packs, recipe.model_copy(update={"max_steps": -1, "num_train_epochs": 1.0}), callbacks=[watch])
     model.save_pretrained(f"{work}/adapter")
@@ -142,11 +142,11 @@ def judge(work, base):
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
     from descgen.formatting import encode_rows, template_parts
-    from descgen.model import add_lora, EMBEDDED, load_model
+    from descgen.model import add_lora, EMBEDDED, load_model, LoraSettings
     from descgen.losses import completion_loss
     recipe, found = settled(work, bf16=False), {}
     model, tokenizer = load_model(EMBEDDED, dtype="float32")
-    model = add_lora(model, gradient_checkpointing=False)
+    model = add_lora(model, LoraSettings(gradient_checkpointing=False))
     examples, _ = encode_rows(read(f"{work}/test.jsonl"), tokenizer, template_parts(tokenizer), LENGTH, "completion")
     found["before"] = completion_loss(model, examples, recipe)
     for path in sorted(Path(work).glob("adapters/*.safetensors")):

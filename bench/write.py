@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from descgen.formatting import prompt_ids, template_parts
-from descgen.inference import _left_pad, _sampling_processor, _uniform_noise, complete, TOP_K
+from descgen.inference import _left_pad, _sampling_processor, _uniform_noise, complete, Sampling, TOP_K
 from descgen.attention import decode_attention
-from descgen.model import add_lora, EMBEDDED, embedded_model, load_model, TARGETS
+from descgen.model import add_lora, EMBEDDED, embedded_model, load_model, LoraSettings, TARGETS
 
 ROWS, NEW, ROUNDS = 32, 64, 3 # titles, tokens of each, rounds
 
@@ -49,13 +49,13 @@ def plain():
 def texts(path):
     "The same titles written by both"
     model, tokenizer = load_model(EMBEDDED)
-    mine, theirs, template = add_lora(model, lora_dropout=0), plain(), template_parts(tokenizer)
+    mine, theirs, template = add_lora(model, LoraSettings(lora_dropout=0)), plain(), template_parts(tokenizer)
     for m in (mine, theirs): m.generation_config.suppress_tokens = [tokenizer.eos_token_id]
     with open(path, encoding="utf-8") as f: prompts = [prompt_ids(json.loads(line)["title"], tokenizer, template) for line, _ in zip(f, range(ROWS))]
     batch = _left_pad(prompts, tokenizer, "cpu")
     def usual():
         with torch.no_grad(): theirs.generate(**batch, do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=NEW, pad_token_id=tokenizer.pad_token_id)
-    return interleaved({"texts, transformers and PEFT": usual, "texts, descgen": lambda: complete(mine, tokenizer, prompts, max_new_tokens=NEW, batch_size=ROWS, progress=False)})
+    return interleaved({"texts, transformers and PEFT": usual, "texts, descgen": lambda: complete(mine, tokenizer, prompts, Sampling(NEW, batch_size=ROWS), progress=False)})
 
 if __name__ == "__main__":
     with torch.no_grad(): found = parts()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_STORED_TOKENS', 'example_spans', 'causal_mask', 'attention_weights', 'slice_heads', 'PackedCausalAttention',
-           'decode_attention', 'packed_attention', 'padding_mask', 'has_no_padding']
+           'decode_attention', 'packed_attention', 'packed_attention_mask', 'make_contiguous']
 
 # %% ../nbs/31_attention.ipynb #52eecf21
 import os
@@ -44,21 +44,65 @@ def slice_heads(t, a, b, context, heads):
     own = t[:, a:b].reshape(heads, -1, t.shape[2])
     return torch.cat([t[:, :context], own], 1) if context else own
 
+# %% ../nbs/31_attention.ipynb #7ce98c9d
+def _example_heads(q, k, v, span, scale):
+    "Scaled queries, keys and values of one example, per key-value head"
+    start, end, context = span
+    heads = len(k)
+    Q = slice_heads(q, start, end, 0, heads)*scale
+    return Q, slice_heads(k, start, end, context, heads), slice_heads(v, start, end, context, heads)
+
+def _example_gradients(grad, Q, K, V, weights):
+    "Gradients of the scaled queries, of the keys and of the values of one example"
+    grad_weights = torch.bmm(grad, V.transpose(1, 2))
+    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    grad_K = torch.bmm(grad_scores.transpose(1, 2), Q)
+    grad_V = torch.bmm(weights.transpose(1, 2), grad)
+    return torch.bmm(grad_scores, K), grad_K, grad_V
+
+def _add_example(total, part, span):
+    "Add an example's gradient of keys or values to its own tokens and to the first tokens that it also sees"
+    start, end, context = span
+    total[:, start:end] += part[:, context:]
+    if context:
+        total[:, :context] += part[:, :context]
+
+# %% ../nbs/31_attention.ipynb #1acbc631
+def _packed_output(q, k, v, spans, scale):
+    "Attention within each example, and the weights of the examples that are short enough to store them"
+    out = torch.empty(q.shape[1], q.shape[0], q.shape[2], dtype=q.dtype).transpose(0, 1)
+    stored_weights = []
+    for start, end, context in spans:
+        Q, K, V = _example_heads(q, k, v, (start, end, context), scale)
+        weights = attention_weights(Q, K, end - start)
+        out[:, start:end] = torch.bmm(weights, V).view(len(q), end - start, -1)
+        stored_weights.append(weights if K.shape[1] <= MAX_STORED_TOKENS else None)
+    return out, stored_weights
+
+# %% ../nbs/31_attention.ipynb #c0fdbc8f
+def _packed_gradients(grad, saved, spans, scale):
+    "Gradients of queries, keys and values from the output's gradient and the tensors saved by the forward pass"
+    q, k, v, *stored_weights = saved
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for span, weights in zip(spans, stored_weights):
+        start, end, _ = span
+        Q, K, V = _example_heads(q, k, v, span, scale)
+        if weights is None:
+            weights = attention_weights(Q, K, end - start)
+        example_grad = slice_heads(grad, start, end, 0, len(k))
+        grad_Q, example_grad_k, example_grad_v = _example_gradients(example_grad, Q, K, V, weights)
+        grad_q[:, start:end] = grad_Q.view(len(q), end - start, -1)*scale
+        _add_example(grad_k, example_grad_k, span)
+        _add_example(grad_v, example_grad_v, span)
+    return grad_q, grad_k, grad_v
+
 # %% ../nbs/31_attention.ipynb #ac0a8a9b
 class PackedCausalAttention(torch.autograd.Function):
     "Causal attention within each example of a pack"
     @staticmethod
     def forward(ctx, q, k, v, spans, scale):
         "Compute the output and save the tensors for the backward pass"
-        heads = len(k)
-        out = torch.empty(q.shape[1], q.shape[0], q.shape[2], dtype=q.dtype).transpose(0, 1)
-        stored_weights = []
-        for start, end, context in spans:
-            Q = slice_heads(q, start, end, 0, heads)*scale
-            K, V = slice_heads(k, start, end, context, heads), slice_heads(v, start, end, context, heads)
-            weights = attention_weights(Q, K, end - start)
-            out[:, start:end] = torch.bmm(weights, V).view(len(q), end - start, -1)
-            stored_weights.append(weights if K.shape[1] <= MAX_STORED_TOKENS else None)
+        out, stored_weights = _packed_output(q, k, v, spans, scale)
         ctx.save_for_backward(q, k, v, *stored_weights)
         ctx.spans, ctx.scale = spans, scale
         return out
@@ -66,24 +110,7 @@ class PackedCausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         "Compute the gradients of `q`, `k` and `v`"
-        q, k, v, *stored_weights = ctx.saved_tensors
-        heads = len(k)
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (start, end, context), weights in zip(ctx.spans, stored_weights):
-            Q, G = slice_heads(q, start, end, 0, heads)*ctx.scale, slice_heads(grad, start, end, 0, heads)
-            K, V = slice_heads(k, start, end, context, heads), slice_heads(v, start, end, context, heads)
-            if weights is None:
-                weights = attention_weights(Q, K, end - start)
-            grad_weights = torch.bmm(G, V.transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_q[:, start:end] = torch.bmm(grad_scores, K).view(len(q), end - start, -1)*ctx.scale
-            example_grad_k = torch.bmm(grad_scores.transpose(1, 2), Q)
-            example_grad_v = torch.bmm(weights.transpose(1, 2), G)
-            for total, part in ((grad_k, example_grad_k), (grad_v, example_grad_v)):
-                total[:, start:end] += part[:, context:]
-                if context:
-                    total[:, :context] += part[:, :context]
-        return grad_q, grad_k, grad_v, None, None
+        return *_packed_gradients(grad, ctx.saved_tensors, ctx.spans, ctx.scale), None, None
 
 # %% ../nbs/31_attention.ipynb #bf62d764
 def decode_attention(query, key, value, mask, scale):
@@ -100,25 +127,26 @@ def packed_attention(module, query, key, value, attention_mask, position_ids=Non
     has_bool_mask = attention_mask is None or attention_mask.dtype == torch.bool
     if query.shape[2] == 1 and not torch.is_grad_enabled() and has_bool_mask:
         return decode_attention(query, key, value, attention_mask, scaling), None
-    if attention_mask is not None or position_ids is None or query.shape[0] > 1 or query.shape[2] != key.shape[2]:
+    is_pack = attention_mask is None and position_ids is not None and query.shape[0] == 1
+    if not is_pack or query.shape[2] != key.shape[2]: # with a cache there are more keys than queries
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
             position_ids=position_ids, **kwargs)
     out = PackedCausalAttention.apply(query[0], key[0], value[0], example_spans(position_ids), scaling)
     return out.transpose(0, 1)[None], None
 
-def padding_mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
+def packed_attention_mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
     "No mask for a pack, because `packed_attention` separates its examples; transformers' mask for everything else"
     if attention_mask is None and batch_size == 1 and q_length == kv_length: return None
     return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length,
         attention_mask=attention_mask, **kwargs)
 
 AttentionInterface.register("example_by_example", packed_attention)
-AttentionMaskInterface.register("example_by_example", padding_mask)
+AttentionMaskInterface.register("example_by_example", packed_attention_mask)
 
 # %% ../nbs/31_attention.ipynb #45f817bf
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100") # read when the first product is computed
 
 # %% ../nbs/31_attention.ipynb #bd064fef
-def has_no_padding(layer, given):
+def make_contiguous(layer, given):
     "Forward pre-hook: make a layer's inputs contiguous"
     return tuple(t.contiguous() for t in given)

@@ -41,14 +41,15 @@ def generate_all(
 )->tuple[dict, dict]: # by system: texts, and whether each text ended with the end-of-sequence token
     "Texts of the base and the fine-tuned model, sampled and greedy"
     from descgen.formatting import prompt_ids
-    from descgen.inference import complete
+    from descgen.inference import Sampling, complete
     prompts = [prompt_ids(t, tokenizer, parts) for t in titles]
-    settings = recipe.temperature, recipe.top_p, recipe.max_new_tokens, batch_size, recipe.seed
+    settings = dict(max_new_tokens=recipe.max_new_tokens, temperature=recipe.temperature, top_p=recipe.top_p,
+        seed=recipe.seed, batch_size=batch_size)
     texts, ended = {}, {}
     for name, context in ((BASE, model.disable_adapter), (TUNED, nullcontext)):
-        for suffix, sample in (("", True), (GREEDY, False)):
+        for suffix, greedy in (("", False), (GREEDY, True)):
             with context():
-                ids = complete(model, tokenizer, prompts, sample, *settings)
+                ids = complete(model, tokenizer, prompts, Sampling(**settings, greedy=greedy))
             decoded = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             texts[name + suffix] = [text.strip() for text in decoded]
             ended[name + suffix] = [bool(new) and new[-1] == tokenizer.eos_token_id for new in ids]
@@ -263,12 +264,12 @@ def _time_call(function, *args, **kw):
 
 def _estimate_generation(model, tokenizer, prompts, tokens):
     "Seconds to generate `tokens` tokens per prompt, extrapolated from 2 and 10 tokens"
-    from descgen.inference import complete
+    from descgen.inference import Sampling, complete
     few, many = 2, 10
-    settings = {"batch_size": len(prompts), "progress": False}
-    complete(model, tokenizer, prompts, False, max_new_tokens=few, **settings) # warm-up
-    short = _time_call(complete, model, tokenizer, prompts, False, max_new_tokens=few, **settings)
-    long = _time_call(complete, model, tokenizer, prompts, False, max_new_tokens=many, **settings)
+    short_texts, long_texts = (Sampling(n, greedy=True, batch_size=max(1, len(prompts))) for n in (few, many))
+    complete(model, tokenizer, prompts, short_texts, progress=False) # warm-up
+    short = _time_call(complete, model, tokenizer, prompts, short_texts, progress=False)
+    long = _time_call(complete, model, tokenizer, prompts, long_texts, progress=False)
     return short + max(long - short, 0)/(many - few)*(tokens - few)
 
 # %% ../nbs/62_evaluation.ipynb #bdddc17f

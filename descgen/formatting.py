@@ -76,6 +76,7 @@ class TemplateParts(NamedTuple):
     close:str # plain text between the content and the next control token
     tail:list[int] # ids from there on: the token that ends the turn, and the rest
 
+# %% ../nbs/20_formatting.ipynb #a3f22fb2
 def _control_spans(tokenizer, text):
     "The control tokens in `text` as (start, end), in order"
     names = sorted((re.escape(t.content) for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
@@ -86,6 +87,7 @@ def _first_control(tokenizer, text):
     spans = _control_spans(tokenizer, text)
     return spans[0][0] if spans else len(text)
 
+# %% ../nbs/20_formatting.ipynb #3b5c5c42
 def template_parts(
     tokenizer, # one with a chat template, its date pinned
 )->TemplateParts: # what `prompt_ids` and `completion_ids` put around the data
@@ -174,6 +176,7 @@ class _Html(str):
     def __repr__(self):
         return self.plain
 
+# %% ../nbs/20_formatting.ipynb #bf124b5b
 def _label_spans(example, tokenizer):
     "The example as plain text, one line for each run of tokens with or without a loss"
     lines = []
@@ -189,6 +192,7 @@ def _token_box(tokenizer, i, label):
     text = html.escape(tokenizer.decode([i], clean_up_tokenization_spaces=False)).replace("\n", "↵") or "·"
     return f"<mark>{text}</mark>" if label != IGNORE_INDEX else f"<code>{text}</code>"
 
+# %% ../nbs/20_formatting.ipynb #5f0f8d9f
 def show_labels(
     example:dict, # from `encode_row`
     tokenizer, # of the model

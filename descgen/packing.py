@@ -10,13 +10,14 @@ import copy
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 
 import numpy as np
 from .formatting import IGNORE_INDEX, TemplateParts, encode_rows
 
 # %% ../nbs/21_packing.ipynb #c072
-def _pack(examples):
+def _join_examples(examples):
     "Join examples into one sequence whose position ids start at 0 in each example"
     ids, labels, positions = [], [], []
     for e in examples:
@@ -26,20 +27,6 @@ def _pack(examples):
     return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 # %% ../nbs/21_packing.ipynb #1e04a8eb
-def pack_examples(
-    examples:list[dict], # from `encode_row`
-    length:int=1024, # most tokens in a pack; no example may be longer
-    packing:bool=True, # False: one example per pack
-)->list[dict]: # packs with `input_ids`, `labels` and `position_ids`
-    "Pack examples by best-fit decreasing, without cutting any"
-    if not packing: return [_pack([e]) for e in examples]
-    from datasets import Dataset
-    from trl import pack_dataset
-    numbers = [[i]*len(e["input_ids"]) for i, e in enumerate(examples)] # for each token its example's number
-    with _no_progress_bars():
-        packed = pack_dataset(Dataset.from_dict({"n": numbers}), length, strategy="bfd")
-    return [_pack([examples[i] for i in dict.fromkeys(n)]) for n in packed["n"]]
-
 @contextmanager
 def _no_progress_bars():
     "Hide the progress bars of datasets"
@@ -52,51 +39,85 @@ def _no_progress_bars():
         if not were_disabled:
             enable_progress_bars()
 
+# %% ../nbs/21_packing.ipynb #119be5e4
+def pack_examples(
+    examples:list[dict], # from `encode_row`
+    length:int=1024, # most tokens in a pack; no example may be longer
+    packing:bool=True, # False: one example per pack
+)->list[dict]: # packs with `input_ids`, `labels` and `position_ids`
+    "Pack examples by best-fit decreasing, without cutting any"
+    if not packing: return [_join_examples([e]) for e in examples]
+    from datasets import Dataset
+    from trl import pack_dataset
+    numbers = [[i]*len(e["input_ids"]) for i, e in enumerate(examples)] # for each token its example's number
+    with _no_progress_bars():
+        packed = pack_dataset(Dataset.from_dict({"n": numbers}), length, strategy="bfd")
+    members = [dict.fromkeys(n) for n in packed["n"]] # the example numbers of each pack
+    return [_join_examples([examples[i] for i in pack]) for pack in members]
+
 # %% ../nbs/21_packing.ipynb #c077
-class Packs:
-    "The packs of a run in the order of training: `packs[i]` for any i, made one block of rows at a time"
-    def __init__(self,
-        rows, # a `datasets.Dataset` with `title` and `content`, in the seeded order
-        tokenizer, # of the model
-        parts:TemplateParts, # of its chat template
-        max_length:int=1024, # most tokens in an example and in a pack
-        loss_on:str="all", # tokens with a loss: "all" or "completion"
-        packing:bool=True, # False: one example per pack
-        seed:int=42, # of the order of packs within a block, and of the blocks from the second epoch on
-        block_rows:int=1000, # rows that are packed together
-    ):
-        self.rows, self.parts, self.block_rows = rows, parts, block_rows
-        self.tokenizer = copy.deepcopy(tokenizer) # a separate one, because it works in another thread than the training
-        self.max_length, self.loss_on, self.packing, self.seed = max_length, loss_on, packing, seed
-        self.n_blocks, self.rejected = -(-len(rows)//block_rows), {}
-        self._ends = [0] # cumulative number of packs, after each block read
-        self._jobs, self._pool = {}, ThreadPoolExecutor(1)
+@dataclass(eq=False, repr=False)
+class _PackBlocks:
+    "Blocks of rows, each tokenised and packed when it is read"
+    rows:object # a `datasets.Dataset` with `title` and `content`, in the seeded order
+    tokenizer:object # of the model
+    parts:TemplateParts # of its chat template
+    max_length:int = 1024 # most tokens in an example and in a pack
+    loss_on:str = "all" # tokens with a loss: "all" or "completion"
+    _:KW_ONLY
+    packing:bool = True # False: one example per pack
+    seed:int = 42 # of the order of packs within a block, and of the blocks from the second epoch on
+    block_rows:int = 1000 # rows that are packed together
+
+    def __post_init__(self):
+        self.tokenizer = copy.deepcopy(self.tokenizer) # used in another thread than the training
+        self.n_blocks, self.rejected = -(-len(self.rows)//self.block_rows), {}
         self.block = lru_cache(4)(self._make_block)
 
     def _make_block(self, number):
         "The packs of one block of rows, not shuffled"
-        start = number*self.block_rows
-        rows = self.rows.select(range(start, min(start + self.block_rows, len(self.rows)))).to_list()
+        stop = min((number + 1)*self.block_rows, len(self.rows))
+        rows = self.rows.select(range(number*self.block_rows, stop)).to_list()
         examples, self.rejected[number] = encode_rows(rows, self.tokenizer, self.parts, self.max_length, self.loss_on)
         return pack_examples(examples, self.max_length, self.packing) if examples else []
 
+# %% ../nbs/21_packing.ipynb #f4d6efc8
+def _block_number(n, n_blocks, seed):
+    "Epoch and number of the n-th block read: in order in the first epoch, permuted in each later one"
+    epoch, number = divmod(n, n_blocks)
+    if epoch:
+        number = int(np.random.default_rng([seed, epoch]).permutation(n_blocks)[number])
+    return epoch, number
+
+# %% ../nbs/21_packing.ipynb #c5d2d67a
+class _ShuffledBlocks(_PackBlocks):
+    "The blocks in the order of training, with their packs shuffled"
+    def __post_init__(self):
+        super().__post_init__()
+        self._jobs, self._pool = {}, ThreadPoolExecutor(1)
+        self._ends = [0] # cumulative number of packs, after each block read
+
+    def __getstate__(self): # the values that identify these packs when they are hashed
+        return self.rows._fingerprint, self.parts, self.max_length, self.loss_on, self.packing, self.seed, self.block_rows
+
     def _shuffled_block(self, n):
-        "The shuffled packs of the n-th block read, counted over all epochs"
-        epoch, number = divmod(n, self.n_blocks)
-        if epoch:
-            number = int(np.random.default_rng([self.seed, epoch]).permutation(self.n_blocks)[number])
+        "The shuffled packs of the n-th block read"
+        epoch, number = _block_number(n, self.n_blocks, self.seed)
         packs = self.block(number)
         order = np.random.default_rng([self.seed, epoch, number]).permutation(len(packs))
         return [packs[i] for i in order]
 
     def _read_block(self, n):
-        "The same, from a thread that also makes the next block"
+        "The n-th block read, from a thread that also makes the next one"
         for i in (n, n + 1):
             if i not in self._jobs:
                 self._jobs[i] = self._pool.submit(self._shuffled_block, i)
         self._jobs = {i: job for i, job in self._jobs.items() if i >= n - 1}
         return self._jobs[n].result()
 
+# %% ../nbs/21_packing.ipynb #b40c44ec
+class Packs(_ShuffledBlocks):
+    "The packs of a run in the order of training: `packs[i]` for any i, made one block of rows at a time"
     def _count_packs(self, n_blocks):
         "Extend `_ends` to the first `n_blocks` blocks read, counted over all epochs"
         from tqdm import tqdm
@@ -112,10 +133,6 @@ class Packs:
             self._count_packs(len(self._ends))
         n = bisect_right(self._ends, i) - 1
         return self._read_block(n)[i - self._ends[n]]
-
-    def __getstate__(self): # the values that identify these packs when they are hashed
-        return (self.rows._fingerprint, self.parts, self.max_length, self.loss_on, self.packing, self.seed,
-                self.block_rows)
 
     def per_epoch(self)->int: # number of packs
         "The number of packs of all rows; this reads all rows, and does not keep the packs"

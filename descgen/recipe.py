@@ -17,7 +17,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from .data import find_data, inspect_file
 from .dataset import DataSettings, Number, PositiveInt, Text
-from .model import (TARGETS, check_gpu, has_cuda, native_bf16, read_adapter_config, resolve_4bit,
+from .model import (LoraSettings, check_gpu, has_cuda, native_bf16, read_adapter_config, resolve_4bit,
     resolve_model_id)
 
 # %% ../nbs/40_recipe.ipynb #64813693
@@ -26,28 +26,15 @@ def _check_max_steps(value):
     return value
 
 # %% ../nbs/40_recipe.ipynb #61f82465
-def _check_names(names, allowed):
-    unknown = [n for n in names if n not in allowed]
-    if unknown: raise ValueError(f"{unknown[0]!r} is not one of {', '.join(allowed)}")
-    return names
-
-def _check_target_modules(names): return _check_names(names, TARGETS)
-
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)] # a path, which may start with ~, or another name
 
 # %% ../nbs/40_recipe.ipynb #7073ac72
-class Recipe(DataSettings):
+class Recipe(DataSettings, LoraSettings):
     "All parameters of a run and their allowed values; `fine_tune_llama3.ipynb` has their defaults and meanings"
     model_id: PathText
     max_seq_length: Annotated[int, Field(ge=32)]
     load_in_4bit: Literal[True, False, "auto"]
     adapter_path: PathText | None
-    r: PositiveInt
-    lora_alpha: PositiveInt
-    use_rslora: bool
-    lora_dropout: Annotated[Number, Field(ge=0, lt=1)]
-    target_modules: Annotated[list[str], Field(min_length=1), AfterValidator(_check_target_modules)]
-    gradient_checkpointing: bool
     data_path: PathText
     eval_rows: PositiveInt
     max_length: Annotated[int, Field(ge=32)]

@@ -6,8 +6,8 @@ import torch
 @contextmanager
 def added_once(on=True):
     "Unsloth with the adapter and the base rounded once, or as it comes; where there is no GPU, as it is"
-    from descgen.layers import patch_functions, unsloth_functions
-    if torch.cuda.is_available(): patch_functions(unsloth_functions() if on else {new: old for old, new in unsloth_functions().items()})
+    from descgen.layers import patch_functions, unsloth_replacements
+    if torch.cuda.is_available(): patch_functions(unsloth_replacements() if on else {new: old for old, new in unsloth_replacements().items()})
     try: yield
     finally:
-        if torch.cuda.is_available(): patch_functions({new: old for old, new in unsloth_functions().items()})
+        if torch.cuda.is_available(): patch_functions({new: old for old, new in unsloth_replacements().items()})

@@ -22,7 +22,7 @@ def fresh(recipe):
     "Model with a new adapter, and tokenizer"
     from descgen.model import add_lora, load_model
     model, tokenizer = load_model(recipe.model_id, 2048, recipe.load_in_4bit, "bfloat16")
-    return add_lora(model, lora_dropout=recipe.lora_dropout, gradient_checkpointing=recipe.gradient_checkpointing), tokenizer
+    return add_lora(model, recipe), tokenizer
 
 def packs_of(rows, tokenizer, recipe):
     from datasets import Dataset

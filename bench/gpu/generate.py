@@ -34,13 +34,13 @@ def without_end(model, tokenizer):
 def unsloth_side(args):
     "descgen, as the notebook describes"
     import unsloth
-    from descgen.inference import describe
+    from descgen.inference import Sampling, describe
     from descgen.formatting import template_parts
-    from descgen.model import add_lora, load_model
+    from descgen.model import LoraSettings, add_lora, load_model
     model, tokenizer = load_model(str(model_folder(args.model, args.work, args.small)), 2048, not args.small, "bfloat16")
-    model, parts = add_lora(model, lora_dropout=0), template_parts(tokenizer)
+    model, parts = add_lora(model, LoraSettings(lora_dropout=0)), template_parts(tokenizer)
     without_end(model, tokenizer)
-    def write(titles, size): describe(model, tokenizer, titles, parts, max_new_tokens=args.new, batch_size=size, progress=False)
+    def write(titles, size): describe(model, tokenizer, titles, parts, Sampling(args.new, batch_size=size), progress=False)
     with turn(): return timed(write, [r["title"] for r in read_rows(args.rows)], args.sizes, args.new)
 
 def plain_side(args):

@@ -28,10 +28,10 @@ def recipe_of(**more):
 def learnt(recipe, scale=0.02):
     "Model and tokenizer with an adapter that changes the model, as if it had been trained"
     import torch
-    from descgen.model import add_lora, load_model
+    from descgen.model import LoraSettings, add_lora, load_model
     from descgen.recipe import compute_dtype
     model, tokenizer = load_model(recipe.model_id, 2048, recipe.load_in_4bit, compute_dtype(recipe), recipe.date_string)
-    model = add_lora(model, lora_dropout=0.0, gradient_checkpointing=False)
+    model = add_lora(model, LoraSettings(lora_dropout=0.0, gradient_checkpointing=False))
     torch.manual_seed(42)
     for name, p in model.named_parameters():
         if "lora_B" in name: torch.nn.init.normal_(p, std=scale)
@@ -127,7 +127,7 @@ def packs_with_every_attention(work):
 @check
 def descriptions_in_each_precision(work):
     "Greedy descriptions in bf16 and in fp16, in 4 and in 16 bits, with and without xformers"
-    from descgen.inference import describe
+    from descgen.inference import Sampling, describe
     found = {}
     for bits in ((4, 16) if has_gpu() else (16,)):
         for name, how in precisions().items():
@@ -135,7 +135,7 @@ def descriptions_in_each_precision(work):
             model, tokenizer = learnt(recipe, 0.002)
             titles = [r["title"] for r in work["rows"][:4]]
             for kind in (("xformers", "SDPA by example") if has_gpu() else ("xformers",)):
-                with attention(kind) if has_gpu() else patch.dict({}): found[f"{bits} bits, {name}, {kind}"] = describe(model, tokenizer, titles, sample=False, max_new_tokens=24, progress=False)
+                with attention(kind) if has_gpu() else patch.dict({}): found[f"{bits} bits, {name}, {kind}"] = describe(model, tokenizer, titles, None, Sampling(24, greedy=True), progress=False)
     assert all(all(texts) for texts in found.values()) or not has_gpu(), found # a tiny random model may write nothing
     return {k: texts[0] for k, texts in found.items()}
 

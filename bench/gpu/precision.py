@@ -198,12 +198,12 @@ def decode_both(model, ids):
 def unsloth_side(args):
     "Train with Unsloth in both ways; losses of each adapter in both ways, gradients, what comes through, decoding"
     import unsloth, torch
-    from descgen.model import add_lora, load_model
+    from descgen.model import LoraSettings, add_lora, load_model
     source, work = model_folder(args.model, args.work, args.small), args.work/f"{args.model}-{args.bits}"
     model, tokenizer = load_model(str(source), 2048, args.bits == 4, "bfloat16")
     train, others = batches(tokenizer, args.rows)
     save_base(model, source, work/"base")
-    model = add_lora(model, lora_dropout=0, gradient_checkpointing=False)
+    model = add_lora(model, LoraSettings(lora_dropout=0, gradient_checkpointing=False))
     found = {"before": mean_loss(model, others)}
     losses, adapters = train_both(model, train, others)
     judged, grads = judge(model, adapters, others, train[0])
@@ -285,11 +285,11 @@ def full_row(packs, length=512, parts=2):
 def speed_side(args):
     "Tokens a second in each way, at the seed's settings and at the fastest"
     import unsloth
-    from descgen.model import add_lora, load_model
+    from descgen.model import LoraSettings, add_lora, load_model
     found, source, batch = {}, model_folder(args.model, args.work, args.small), full_row(1 if args.small else 16)
     for name, dropout, checkpointing in (("seed", 0.05, True), ("fast", 0, False)):
         model, _ = load_model(str(source), 2048, args.bits == 4, "bfloat16")
-        model = add_lora(model, lora_dropout=dropout, gradient_checkpointing=checkpointing)
+        model = add_lora(model, LoraSettings(lora_dropout=dropout, gradient_checkpointing=checkpointing))
         with turn(): forget_peak(); seconds = steps(model, batch, args.rounds)
         if name == "fast" and device() == "cuda":
             with turn(): found["decoding"] = decode_both(model, batch["input_ids"][0, :16*80].view(16, 80))

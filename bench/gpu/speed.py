@@ -92,19 +92,19 @@ def descgen(recipe, rows, tokens, watch, compile=False):
     from datasets import Dataset
     from descgen.formatting import template_parts
     from descgen.packing import Packs
-    from descgen.layers import patch_functions, unsloth_functions
+    from descgen.layers import patch_functions, unsloth_replacements
     from descgen.model import add_lora, load_model
     from descgen.recipe import compute_dtype
     from descgen.train import train
     model, tokenizer = load_model(recipe.model_id, recipe.max_seq_length, recipe.load_in_4bit, compute_dtype(recipe))
     packs = Packs(Dataset.from_list(rows), tokenizer, template_parts(tokenizer), recipe.max_length, recipe.loss_on, packing=recipe.packing)
     each = statistics.mean(len(packs[i]["input_ids"]) for i in range(32))
-    model = add_lora(model, recipe.r, recipe.lora_alpha, recipe.lora_dropout, recipe.target_modules, recipe.gradient_checkpointing)
+    model = add_lora(model, recipe)
     model.register_forward_pre_hook(watch.count, with_kwargs=True)
     try:
         with compiled(compile): train(model, tokenizer, packs, recipe.model_copy(update={"max_steps": steps_for(recipe, each, tokens)}), callbacks=[watch])
     finally:
-        if has_gpu(): patch_functions({new: old for old, new in unsloth_functions().items()}) # the next way may be Unsloth's own
+        if has_gpu(): patch_functions({new: old for old, new in unsloth_replacements().items()}) # the next way may be Unsloth's own
     return model
 
 def unsloth_way(packing):
