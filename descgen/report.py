@@ -530,7 +530,9 @@ def _check_adapter(folder):
 
 def _max_training_rows(record, more=1000):
     "The most training rows that a run can have read: those of its plan, and one block more"
-    return record.get("plan", {}).get("rows to train on", 10**9) + more
+    plan = record.get("plan", {})
+    examples = plan.get("examples", plan.get("rows to train on")) # the second name: manifests of schema 1
+    return (10**9 if examples is None else examples) + more
 
 # %% ../nbs/63_report.ipynb #d127a187
 def evaluate_adapter(

@@ -31,7 +31,7 @@ def _run_row(manifest):
         found = manifest.get(entry, {}).get(key)
         return found if isinstance(found, kind) else None
     return {"id": manifest["id"], "state": manifest["state"], "model": value("decides", "model_id", str),
-        "rows": value("plan", "rows for training"), "steps": value("plan", "steps"),
+        "rows": value("plan", "rows"), "steps": value("plan", "steps"),
         "loss": value("test_loss", "after"), "minutes": manifest.get("minutes"), "why": manifest.get("why")}
 
 def list_runs(
