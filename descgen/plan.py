@@ -74,54 +74,77 @@ def _matrix_shapes(config):
     attention = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
     return attention | {"gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}
 
-def parameter_counts(config, r, targets):
-    "Parameter counts of a Llama model: the matrices of its layers, embedding and output, the adapter"
+def parameter_counts(
+    config, # the model's configuration
+    r:int, # rank of the adapter
+    targets:list[str], # the matrices that it adapts, among `TARGETS`
+)->tuple[int, int, int]: # in the matrices of the layers, in embedding and output, in the adapter
+    "Parameter counts of a Llama model, without its norms"
     shapes, layers = _matrix_shapes(config), config.num_hidden_layers
     body = layers*sum(a*b for a, b in shapes.values())
     embeddings = config.vocab_size*config.hidden_size*(1 if config.tie_word_embeddings else 2)
     return body, embeddings, layers*r*sum(sum(shapes[t]) for t in targets)
 
+# %% ../nbs/42_plan.ipynb #3cb986d3
 def _parameters_in_16_bits(config):
     "How many layer parameters a 4-bit model keeps in 16 bits, according to its configuration"
     quantized = getattr(config, "quantization_config", None) or {}
-    names = (quantized if isinstance(quantized, dict) else quantized.to_dict()).get("llm_int8_skip_modules") or []
-    parents = {name: "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp" for name in TARGETS}
+    if not isinstance(quantized, dict): quantized = quantized.to_dict()
+    names = quantized.get("llm_int8_skip_modules") or []
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
     total = 0
     for layer in range(config.num_hidden_layers):
         for matrix, (a, b) in _matrix_shapes(config).items():
-            module = f"model.layers.{layer}.{parents[matrix]}.{matrix}."
+            parent = "self_attn" if matrix in attention else "mlp"
+            module = f"model.layers.{layer}.{parent}.{matrix}."
             if any(module.startswith(f"{name}.") for name in names): total += a*b
     return total
 
+# %% ../nbs/42_plan.ipynb #f2f7249b
+def _activation_width(recipe): return 4 if compute_dtype(recipe) == "float32" else 2 # bytes
+
+def _layer_bytes(config, recipe):
+    "Bytes that a layer stores for each token"
+    dropout_masks = 0 if has_cuda() or not recipe.lora_dropout else 6*config.hidden_size + config.intermediate_size
+    attention = 0 if has_cuda() else 64*config.num_attention_heads
+    feed_forward = (2 if has_cuda() else 4)*config.intermediate_size
+    return _activation_width(recipe)*(9*config.hidden_size + feed_forward + attention) + dropout_masks
+
+def _logit_bytes(config, recipe, tokens):
+    "Bytes of the logits of a batch"
+    if has_cuda(): return 16*min(tokens*config.vocab_size, 1 << 24) # a GPU computes them in chunks
+    learned_share = 1 if recipe.loss_on == "all" else 0.5
+    return (4*learned_share*tokens + 10*512)*config.vocab_size # the second term is for those of the test loss
+
 def _activation_bytes(config, recipe):
     "Bytes that a batch stores for its backward pass"
-    width = 4 if compute_dtype(recipe) == "float32" else 2
-    hidden, intermediate, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     tokens = recipe.per_device_train_batch_size*recipe.max_length
-    learned_share = 1 if recipe.loss_on == "all" else 0.5
-    dropout_masks = 0 if has_cuda() or not recipe.lora_dropout else 6*hidden + intermediate
-    attention = 0 if has_cuda() else 64*config.num_attention_heads
-    per_layer = width*(9*hidden + (2 if has_cuda() else 4)*intermediate + attention) + dropout_masks
-    if recipe.gradient_checkpointing: per_token = width*hidden*config.num_hidden_layers + per_layer
-    else: per_token = per_layer*config.num_hidden_layers
-    if has_cuda(): logits = 16*min(tokens*vocab, 1 << 24) # a GPU computes them in chunks
-    else: logits = (4*learned_share*tokens + 10*512)*vocab # the second term is for those of the test loss
-    return tokens*per_token + logits
+    layer, layers = _layer_bytes(config, recipe), config.num_hidden_layers
+    per_token = layer*layers
+    if recipe.gradient_checkpointing:
+        per_token = _activation_width(recipe)*config.hidden_size*layers + layer # the inputs, and one layer at a time
+    return tokens*per_token + _logit_bytes(config, recipe, tokens)
 
 # %% ../nbs/42_plan.ipynb #f55ada98
+def _memory_parts(config, recipe):
+    "What needs memory, and how many bytes"
+    body, embeddings, adapter = parameter_counts(config, recipe.r, recipe.target_modules)
+    weight_bytes = 4 if compute_dtype(recipe) == "float32" and not has_cuda() else 2
+    unquantized = _parameters_in_16_bits(config) if recipe.load_in_4bit else body
+    in_4_bits = 0.53*(body - unquantized) # 4 bits and their scales take 0.53 bytes
+    optimizer_bytes = 10 if "8bit" in recipe.optim else 16 # per parameter of the adapter, its gradient included
+    return {
+        "libraries": 0 if has_cuda() else 1e9, # Python with PyTorch, Unsloth and the data
+        "weights": in_4_bits + weight_bytes*(unquantized + embeddings),
+        "optimizer": optimizer_bytes*adapter,
+        "activations": _activation_bytes(config, recipe)}
+
 def estimate_memory(
     config, # the model's configuration, from `model_config`
     recipe:Recipe, # resolved
 )->float: # GB
     "Peak memory that training needs: of the CUDA device if there is one, otherwise of this process"
-    body, embeddings, adapter = parameter_counts(config, recipe.r, recipe.target_modules)
-    weight_bytes = 4 if compute_dtype(recipe) == "float32" and not has_cuda() else 2
-    unquantized = _parameters_in_16_bits(config) if recipe.load_in_4bit else body
-    in_4_bits = 0.53*(body - unquantized) # 4 bits and their scales take 0.53 bytes
-    weights = in_4_bits + weight_bytes*(unquantized + embeddings)
-    libraries = 0 if has_cuda() else 1e9 # Python with PyTorch, Unsloth and the data
-    optimizer_bytes = 10 if "8bit" in recipe.optim else 16 # per parameter of the adapter, its gradient included
-    return (libraries + weights + optimizer_bytes*adapter + _activation_bytes(config, recipe))/1e9
+    return sum(_memory_parts(config, recipe).values())/1e9
 
 # %% ../nbs/42_plan.ipynb #2a8222b8
 def free_memory()->float: # GB
@@ -199,6 +222,7 @@ def duration_text(
     n = max(1, round(minutes/size))
     return f"about {n} {unit}{'s' if n > 1 else ''}"
 
+# %% ../nbs/42_plan.ipynb #9ae86188
 def plan_remarks(
     plan:Plan, # from `make_plan`
     recipe:Recipe, # resolved
