@@ -184,11 +184,12 @@ def check_recipe(
     values:dict, # parameter names and values
 )->Recipe: # checked
     "A recipe from plain values; ValueError names each unknown or missing parameter and each invalid value"
+    missing, errors = [n for n in Recipe.model_fields if n not in values], [] # a default elsewhere does not count
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
+        if not missing: return recipe
     except ValidationError as e:
         errors = e.errors()
-    missing = [e["loc"][0] for e in errors if e["type"] == "missing"]
     invalid = [e for e in errors if e["type"] not in ("missing", "extra_forbidden", "invalid_key")]
     problems = [_describe_unknown(n) for n in values if n not in Recipe.model_fields]
     problems += [f"{n} has no value: the notebook's cell of parameters does not set it" for n in missing]
