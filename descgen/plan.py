@@ -105,10 +105,11 @@ def _activation_width(recipe): return 4 if compute_dtype(recipe) == "float32" el
 
 def _layer_bytes(config, recipe):
     "Bytes that a layer stores for each token"
-    dropout_masks = 0 if has_cuda() or not recipe.lora_dropout else 6*config.hidden_size + config.intermediate_size
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    dropout_masks = 0 if has_cuda() or not recipe.lora_dropout else 6*hidden + intermediate
     attention = 0 if has_cuda() else 64*config.num_attention_heads
-    feed_forward = (2 if has_cuda() else 4)*config.intermediate_size
-    return _activation_width(recipe)*(9*config.hidden_size + feed_forward + attention) + dropout_masks
+    feed_forward = (2 if has_cuda() else 4)*intermediate
+    return _activation_width(recipe)*(9*hidden + feed_forward + attention) + dropout_masks
 
 def _logit_bytes(config, recipe, tokens):
     "Bytes of the logits of a batch"
@@ -122,7 +123,8 @@ def _activation_bytes(config, recipe):
     layer, layers = _layer_bytes(config, recipe), config.num_hidden_layers
     per_token = layer*layers
     if recipe.gradient_checkpointing:
-        per_token = _activation_width(recipe)*config.hidden_size*layers + layer # the inputs, and one layer at a time
+        inputs = _activation_width(recipe)*config.hidden_size*layers
+        per_token = inputs + layer # of one layer at a time
     return tokens*per_token + _logit_bytes(config, recipe, tokens)
 
 # %% ../nbs/42_plan.ipynb #f55ada98

@@ -150,7 +150,8 @@ def read_defaults(
     "The parameters of the main notebook and their defaults; ValueError if the file has none"
     tagged = _parameter_cells(notebook)
     if len(tagged) != 1:
-        raise ValueError(f"{notebook} has {len(tagged)} cells tagged `parameters`; Papermill needs exactly one.")
+        found = f"{notebook} has {len(tagged)} cells tagged `parameters`"
+        raise ValueError(f"{found}; Papermill needs exactly one.")
     try:
         return _assigned_values(tagged[0])
     except SyntaxError as e:
@@ -184,7 +185,8 @@ def check_recipe(
     values:dict, # parameter names and values
 )->Recipe: # checked
     "A recipe from plain values; ValueError names each unknown or missing parameter and each invalid value"
-    missing, errors = [n for n in Recipe.model_fields if n not in values], [] # a default elsewhere does not count
+    missing = [n for n in Recipe.model_fields if n not in values] # a default elsewhere does not count
+    errors = []
     try:
         recipe = Recipe.model_validate(values)
         if not missing: return recipe

@@ -97,7 +97,8 @@ def _test_loss_callback(model, examples, recipe):
         def on_step_end(self, args, state, control, optimizer=None, **kw):
             "Log a step that fp16 skipped, and measure the test loss if it is due"
             step = state.global_step
-            if getattr(optimizer, "step_was_skipped", False): state.log_history.append({"step": step, "skipped": True})
+            if getattr(optimizer, "step_was_skipped", False):
+                state.log_history.append({"step": step, "skipped": True})
             if not examples or (step % recipe.eval_steps and step != state.max_steps): return
             start = time.time()
             loss = completion_loss(model, examples, recipe)
@@ -178,7 +179,8 @@ def _make_trainer(model, tokenizer, packs, recipe, test_examples, callbacks):
 
 # %% ../nbs/44_train.ipynb #f1d99296
 # accelerate's `should_reduce_batch_size` lacks these: two of CUDA, and that of a CPU under Windows
-_OUT_OF_MEMORY_MESSAGES = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "not enough memory: you tried")
+_OUT_OF_MEMORY_MESSAGES = (
+    "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "not enough memory: you tried")
 
 def _is_out_of_memory(error):
     "Whether an error means that the device or the machine has no memory left"
@@ -271,7 +273,7 @@ def train(
             break
         except (MemoryError, RuntimeError) as e:
             if not _is_out_of_memory(e): raise
-        recipe = _with_smaller_batch(recipe) # outside of `except`, which keeps the tensors of the failed step
+        recipe = _with_smaller_batch(recipe) # not in `except`, which holds the tensors of the failed step
         resume_from = _prepare_restart(model, folder, resume_from)
     (folder/INITIAL_WEIGHTS).unlink()
     _use_best_weights(model, recipe, history)
