@@ -27,7 +27,10 @@ _NOT_IN_FINGERPRINT = {
     "n_titles", "title", "max_new_tokens", "temperature", "top_p", "report_to", "adapter_path"}
 _MEASUREMENT_PARAMETERS = {"eval_rows", "eval_steps"} # they change the adapter if it is chosen by the test loss
 
-def run_fingerprint(recipe, file_key):
+def run_fingerprint(
+    recipe:Recipe, # resolved
+    file_key:str, # the hash of the data file, from `load_data`
+)->dict: # parameters, hashes and versions of packages
     "Everything that decides which adapter a run produces"
     packages = ("torch", "transformers", "trl", "peft", "unsloth", "polars")
     chosen_by_loss = recipe.keep_best or recipe.patience
@@ -37,20 +40,26 @@ def run_fingerprint(recipe, file_key):
     parameters = {**recipe.model_dump(exclude=ignored), **start, "model_id": short_path(recipe.model_id)}
     return {**parameters, "file_key": file_key, **versions}
 
-def checkpoint_step(checkpoint): return int(checkpoint.name.split("-")[1])
-
 # %% ../nbs/43_checkpoints.ipynb #fc99a71c
+def checkpoint_step(
+    checkpoint:Path, # `checkpoint-6`
+)->int:
+    "The step after which a checkpoint was written"
+    return int(checkpoint.name.split("-")[1])
+
+def list_checkpoints(
+    folder:str|Path, # `output_dir` of a run
+)->list[Path]:
+    "Checkpoint folders, oldest first"
+    checkpoints = (p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdigit())
+    return sorted(checkpoints, key=checkpoint_step)
+
 def _rename_damaged(checkpoint):
     "Rename an incomplete or modified checkpoint, and print a message"
     damaged = checkpoint.with_name(f"damaged-{checkpoint.name}")
     shutil.rmtree(damaged, ignore_errors=True)
     checkpoint.rename(damaged)
     print(f"{checkpoint.name} is incomplete or was modified after it was written: renamed to {damaged.name}")
-
-def list_checkpoints(folder):
-    "Checkpoint folders, oldest first"
-    checkpoints = (p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdigit())
-    return sorted(checkpoints, key=checkpoint_step)
 
 # %% ../nbs/43_checkpoints.ipynb #fc95e22f
 INITIAL_WEIGHTS = ".start.safetensors" # the untrained adapter, for a run that must start again after an error
@@ -74,16 +83,17 @@ def _resumable_checkpoint(checkpoints):
         else: _rename_damaged(checkpoint)
     return complete
 
+# %% ../nbs/43_checkpoints.ipynb #e0e6d3a5
 def prepare_output_dir(
-    given:Recipe, # the parameters as given, "auto" included
-    settled:Recipe, # the resolved parameters
+    recipe_as_given:Recipe, # "auto" included
+    recipe:Recipe, # resolved
     file_key:str, # the hash of the data file, from `load_data`
 )->Path|None: # the checkpoint to resume from; None starts at step 0
     "Prepare `output_dir` for this run; FileExistsError if it holds another run and `overwrite` is not set"
-    folder, manifest = Path(settled.output_dir), load_manifest(settled.output_dir)
-    mine, theirs = run_fingerprint(settled, file_key), manifest.get("fingerprint", {})
+    folder, manifest = Path(recipe.output_dir), load_manifest(recipe.output_dir)
+    mine, theirs = run_fingerprint(recipe, file_key), manifest.get("fingerprint", {})
     differences, checkpoints = _describe_differences(theirs, mine), list_checkpoints(folder)
-    if (checkpoints or (folder/"adapter").exists()) and differences and not settled.overwrite:
+    if (checkpoints or (folder/"adapter").exists()) and differences and not recipe.overwrite:
         reason = "; ".join(differences) if theirs else "it left no manifest.json"
         raise FileExistsError(f"{folder} holds another run's checkpoints or adapter ({reason}). "
             "Give this run its own output_dir, or set overwrite=True to replace them.")
@@ -94,8 +104,8 @@ def prepare_output_dir(
         (folder/BEST_WEIGHTS).unlink(missing_ok=True)
     kept = manifest if "fingerprint" not in manifest else {} # without it: written by the caller for this run
     if resumes and "model" in manifest: kept = {"model": manifest["model"]} # for `check_base_model`
-    write_manifest(folder, {**kept, "state": "running", "given": given.model_dump(), "fingerprint": mine,
-                            "data_path": short_path(settled.data_path), "reproducibility": reproducibility()})
+    write_manifest(folder, {**kept, "state": "running", "given": recipe_as_given.model_dump(), "fingerprint": mine,
+                            "data_path": short_path(recipe.data_path), "reproducibility": reproducibility()})
     return checkpoint
 
 # %% ../nbs/43_checkpoints.ipynb #2bf94c21
@@ -147,6 +157,19 @@ def _replace_folder(new, final):
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/43_checkpoints.ipynb #88b10d90
+def _write_adapter(model, tokenizer, folder, model_id, dtype):
+    "Write all files of an adapter, and flush them to the disk"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = model_id
+    write_text(folder/"adapter_config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder/"README.md", _model_card(model_id))
+    if dtype: write_text(folder/"descgen.json", json.dumps({"dtype": dtype}) + "\n")
+    for path in folder.rglob("*"):
+        if path.is_file(): flush_to_disk(path)
+
+# %% ../nbs/43_checkpoints.ipynb #92186928
 def save_adapter(
     model, # with its adapter
     tokenizer, # of the model
@@ -159,15 +182,7 @@ def save_adapter(
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     try:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        config = json.loads((new/"adapter_config.json").read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = model_id
-        write_text(new/"adapter_config.json", json.dumps(config, indent=2) + "\n")
-        write_text(new/"README.md", _model_card(model_id))
-        if dtype: write_text(new/"descgen.json", json.dumps({"dtype": dtype}) + "\n")
-        for path in new.rglob("*"):
-            if path.is_file(): flush_to_disk(path)
+        _write_adapter(model, tokenizer, new, model_id, dtype)
         _replace_folder(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)

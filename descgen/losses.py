@@ -25,21 +25,29 @@ def _shared_prefix_length(examples):
     common = os.path.commonprefix([e["input_ids"] for e in examples])
     return min(len(common), max(first - 1, 0)) # the token before the first label predicts it, so it is not shared
 
-def share_prefix(batch, starts):
-    "The batch with the common prefix of its examples stored once, and the length of the prefix"
+# %% ../nbs/41_losses.ipynb #4a5eef83
+def share_prefix(
+    batch:dict, # arrays `input_ids`, `labels` and `position_ids`
+    starts:list[int], # the index at which each example starts
+)->tuple[dict, int]: # the batch, and the length of the prefix
+    "A batch that holds the common prefix of its examples once"
     parts = {k: np.split(v, starts[1:]) for k, v in batch.items()}
     examples = [{k: v[i].tolist() for k, v in parts.items()} for i in range(len(starts))]
-    shared = _shared_prefix_length(examples)
-    joined = {k: np.concatenate([first, *(v[shared:] for v in rest)]) for k, (first, *rest) in parts.items()}
+    shared, joined = _shared_prefix_length(examples), {}
+    for key, (first, *rest) in parts.items():
+        joined[key] = np.concatenate([first, *(values[shared:] for values in rest)])
     return joined, shared
 
+# %% ../nbs/41_losses.ipynb #f609eb89
 def collate(
     packs:list[dict], # from `pack_examples`
     share:bool|None=None, # compute a common prefix once; None: only on a CPU
 )->dict: # tensors `input_ids`, `labels`, `position_ids` of shape (1, tokens); on a GPU also `packed_seq_lengths`
     "A batch from packs"
     import torch
-    batch = {k: np.concatenate([np.asarray(p[k]) for p in packs]) for k in ("input_ids", "labels", "position_ids")}
+    batch = {}
+    for key in ("input_ids", "labels", "position_ids"):
+        batch[key] = np.concatenate([np.asarray(p[key]) for p in packs])
     starts, shared = np.flatnonzero(batch["position_ids"] == 0), 0
     if share is None: share = not has_cuda()
     if share: batch, shared = share_prefix(batch, starts)
@@ -49,7 +57,9 @@ def collate(
     return tensors | {"packed_seq_lengths": torch.tensor(lengths, dtype=torch.int32)}
 
 # %% ../nbs/41_losses.ipynb #5223179a
-def autocast_context(recipe):
+def autocast_context(
+    recipe:Recipe, # its precision
+): # a context manager
     "Autocast to the precision of the recipe on a GPU; on a CPU the precision of the weights is used"
     import torch
     if not has_cuda() or compute_dtype(recipe) == "float32": return nullcontext()
@@ -67,6 +77,7 @@ def _batches(examples, tokens):
         size += length
     if batch: yield batch
 
+# %% ../nbs/41_losses.ipynb #e226ae93
 def _token_losses(model, batch):
     "The loss of each label of a batch; a GPU returns the mean loss for each"
     import torch
@@ -96,6 +107,7 @@ def _losses_in_batches(model, examples, recipe, tokens):
     finally:
         model.train(was_training)
 
+# %% ../nbs/41_losses.ipynb #d776fabc
 def row_losses(
     model, # with or without an adapter, from `add_lora`
     examples:list[dict], # from `encode_rows` with `loss_on="completion"`

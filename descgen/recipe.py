@@ -87,25 +87,30 @@ def _assigned_values(source):
     named = [node for node in assignments if isinstance(node.targets[0], ast.Name)]
     return {node.targets[0].id: _literal_or_source(node.value) for node in named}
 
+# %% ../nbs/40_recipe.ipynb #430911fb
 def _parameter_cells(notebook):
     "The sources of the cells tagged `parameters`; ValueError if the file is not a notebook"
     try:
         cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-        return ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+        tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+        return ["".join(c["source"]) for c in tagged]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{notebook} is not a Jupyter notebook.") from None
 
+# papermill.inspect_notebook returns values as text, skips lines with two `=` and takes a second to import
 def read_defaults(
     notebook:str|Path="fine_tune_llama3.ipynb", # with one cell tagged `parameters`
 )->dict: # parameter names and their default values
     "The parameters of the main notebook and their defaults; ValueError if the file has none"
     tagged = _parameter_cells(notebook)
     if len(tagged) != 1:
-        raise ValueError(f"{notebook} has {len(tagged)} cells tagged `parameters`; Papermill needs exactly one.")
+        found = f"{notebook} has {len(tagged)} cells tagged `parameters`"
+        raise ValueError(f"{found}; Papermill needs exactly one.")
     try:
         return _assigned_values(tagged[0])
     except SyntaxError as e:
-        raise ValueError(f"{notebook}, cell tagged `parameters`, line {e.lineno}: not Python ({e.msg}).") from None
+        location = f"{notebook}, cell tagged `parameters`, line {e.lineno}"
+        raise ValueError(f"{location}: not Python ({e.msg}).") from None
 
 # %% ../nbs/40_recipe.ipynb #c057322f
 def _short_repr(value, limit=100):
@@ -120,9 +125,11 @@ def _describe_invalid(errors):
         indices = [part for part in e["loc"][1:] if isinstance(part, int)]
         name = ".".join(map(str, [*e["loc"][:1], *indices]))
         value = f"{name}={_short_repr(e['input'])}: " if name else ""
-        messages.setdefault(value, []).append(e["msg"].removeprefix("Value error, ")) # a union has one message per type
+        message = e["msg"].removeprefix("Value error, ")
+        messages.setdefault(value, []).append(message) # a union has one message per type
     return [value + " or ".join(parts) for value, parts in messages.items()]
 
+# %% ../nbs/40_recipe.ipynb #bda5d515
 def _describe_unknown(name):
     "A sentence for a name that is not a parameter"
     similar = difflib.get_close_matches(str(name), Recipe.model_fields, 1)
@@ -132,16 +139,19 @@ def check_recipe(
     values:dict, # parameter names and values
 )->Recipe: # checked
     "A recipe from plain values; ValueError names each unknown or missing parameter and each invalid value"
-    missing, errors = [n for n in Recipe.model_fields if n not in values], [] # also those with a default in DataSettings
+    missing = [n for n in Recipe.model_fields if n not in values] # a default elsewhere does not count
+    errors = []
     try:
         recipe = Recipe.model_validate(values)
         if not missing: return recipe
     except ValidationError as e:
         errors = e.errors()
+    invalid = [e for e in errors if e["type"] not in ("missing", "extra_forbidden", "invalid_key")]
     problems = [_describe_unknown(n) for n in values if n not in Recipe.model_fields]
     problems += [f"{n} has no value: the notebook's cell of parameters does not set it" for n in missing]
-    problems += _describe_invalid([e for e in errors if e["type"] not in ("missing", "extra_forbidden", "invalid_key")])
-    lines = f" {problems[0]}" if len(problems) == 1 else "".join(f"\n- {line}" for line in problems)
+    problems += _describe_invalid(invalid)
+    one = len(problems) == 1
+    lines = f" {problems[0]}" if one else "".join(f"\n- {line}" for line in problems)
     raise ValueError(f"This recipe cannot run:{lines}")
 
 # %% ../nbs/40_recipe.ipynb #73a497d9
@@ -153,6 +163,7 @@ def _alternatives(annotation):
     if origin is Literal: return list(parts)
     return [origin or annotation]
 
+# %% ../nbs/40_recipe.ipynb #73037598
 def _read_none(text):
     "None; ValueError if the text is neither None nor null"
     if text not in ("None", "null"): raise ValueError(text)
@@ -168,8 +179,8 @@ def _read_list(text):
     if not text.lstrip().startswith("["): raise ValueError(text)
     for read in (json.loads, lambda t: yaml.load(t, Loader=yaml.BaseLoader)):
         with suppress(ValueError, RecursionError, yaml.YAMLError):
-            found = read(text)
-            if isinstance(found, list) and all(isinstance(x, str) for x in found): return found
+            values = read(text)
+            if isinstance(values, list) and all(isinstance(x, str) for x in values): return values
     raise ValueError(text)
 
 # %% ../nbs/40_recipe.ipynb #ef5ff74f
@@ -215,14 +226,15 @@ def _restore_text(name, value):
     return value
 
 def read_recipe(
-    session:dict, # the notebook's `globals()`, after its parameter cell
+    namespace:dict, # the notebook's `globals()`, after its parameter cell
 )->Recipe: # checked
     "The recipe of the running notebook; ValueError also for unknown parameters and lost text from Papermill"
-    cells = [_assigned_values(source) for source in session.get("In", []) if source.startswith("# Parameters\n")]
-    injected = {name: value for cell in cells for name, value in cell.items()}
-    given = {n: session[n] for n in Recipe.model_fields if n in session}
-    restored = {n: _restore_text(n, given[n]) for n in injected if n in given}
-    return check_recipe({**injected, **given, **restored})
+    sources = [source for source in namespace.get("In", []) if source.startswith("# Parameters\n")]
+    injected = {}
+    for source in sources: injected |= _assigned_values(source)
+    values = {n: namespace[n] for n in Recipe.model_fields if n in namespace}
+    restored = {n: _restore_text(n, values[n]) for n in injected if n in values}
+    return check_recipe({**injected, **values, **restored})
 
 # %% ../nbs/40_recipe.ipynb #f40f5527
 def _choose_precision(bf16, fp16):
@@ -250,7 +262,9 @@ def _choose_optim(optim):
     return optim
 
 # %% ../nbs/40_recipe.ipynb #03d28267
-def check_trackers(report_to):
+def check_trackers(
+    report_to:str|list[str], # a name, several names, or "none"
+)->list[str]: # without "none"
     "The names of the trackers in `report_to`; ValueError if one is not known to the trainer or not installed"
     import unsloth # before transformers
     from transformers.integrations import integration_utils

@@ -73,7 +73,7 @@ def correct():
 
 def notebook():
     "The main notebook's runs"
-    rows = [[model, r["plan"]["steps"], f"{r['plan']['tokens to train on']:,}", f"{r['seconds']:.0f} s", f"{r['peak_memory_gb']:.1f} GB", " → ".join(f"{r['test_loss'][k]:.3f}" for k in ("before", "after"))]
+    rows = [[model, r["plan"]["steps"], f"{r['plan']['tokens']:,}", f"{r['seconds']:.0f} s", f"{r['peak_memory_gb']:.1f} GB", " → ".join(f"{r['test_loss'][k]:.3f}" for k in ("before", "after"))]
         for model in ("llama", "embedded") if (r := kept(f"notebook-{model}"))]
     return (["The main notebook by Papermill, with its defaults."] + table(["model", "steps", "tokens", "all of it", "peak memory", "test loss"], rows)) if rows else []
 
