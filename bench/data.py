@@ -23,6 +23,8 @@ from .measure import (NOTEBOOK, SCRATCH, interleaved, peak_memory_gb, print_resu
 
 RECIPE = dict(min_chars=20, max_chars=20_000) # of all ways
 BAD_LINES = 1000
+TRAINING = "test_examples, resume_from)" # the end of the notebook's call of `train`
+STOPPED = "test_examples, resume_from, [Stop()])"
 PAIRS = 4 # of limit and descgen, with nothing else running
 
 def add_options(parser):
@@ -116,6 +118,8 @@ def descgen_start(path, cache):
 def execute_until_first_step(cells, given):
     "Seconds of each cell that counts, and the data; loading the model and judging the base model do not count"
     from transformers import TrainerCallback
+    if not any(TRAINING in cell.source for cell in cells):
+        raise RuntimeError(f"The notebook has no {TRAINING!r}, after which the training can be stopped.")
     class FirstStepReached(Exception):
         "Ends the training"
     class Stop(TrainerCallback):
@@ -126,7 +130,7 @@ def execute_until_first_step(cells, given):
         if "google.colab" in cell.source:
             continue
         start = time.perf_counter()
-        source = cell.source.replace("test_examples, resume_from)", "test_examples, resume_from, [Stop()])")
+        source = cell.source.replace(TRAINING, STOPPED)
         try:
             exec(source, session)
             stopped = False
@@ -300,4 +304,5 @@ def tables(read):
     about = f"{s['rows']:,} rows; memory is the largest of all rounds. "
     about += circumstances(record, "polars", "datasets", "rensa", "tokenizers")
     funnel = markdown_table(["", "rows"], [[label, f"{n:,}"] for label, n in s["funnel"].items()])
-    return {"data": [about, "", *main_table(s), "", *growth_table(s)], "data funnel": funnel, "data pairs": pairs_table(s)}
+    return {"data": [about, "", *main_table(s), "", *growth_table(s)], "data funnel": funnel,
+            "data pairs": pairs_table(s)}

@@ -1,4 +1,4 @@
-"""Reading each file format, beside polars' own reader, which only parses.
+"""Reading each file format beside polars' own reader, which only parses.
 
     python -m bench formats                            # a few minutes on two cores
     python -m bench formats --rows 20000 --rounds 1    # a short look

@@ -1,4 +1,4 @@
-"""Keeping runs: the command's start, a list of 1,000 runs, a comparison, and `descgen run` beside plain Papermill.
+"""Keeping runs: the list of 1,000, a comparison, and `descgen run` beside plain Papermill.
 
     python -m bench runs                     # copies of outputs/runs/latest
     python -m bench runs outputs/runs/ID
@@ -17,7 +17,8 @@ from .measure import ROOT, interleaved, medians, save_result, seconds
 SHORT = "-f recipes/cpu.yaml -p max_steps 1 -p eval_rows 2 -p n_titles 1 -p max_new_tokens 4".split()
 
 def add_options(parser):
-    parser.add_argument("run", type=Path, nargs="?", default=Path("outputs/runs/latest"), help="a finished run's folder")
+    parser.add_argument("run", type=Path, nargs="?", default=Path("outputs/runs/latest"),
+                        help="a finished run's folder")
     parser.add_argument("--runs", type=int, default=1000, help="copies of its manifest in the list")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=5, help="short runs of each kind")
@@ -85,14 +86,16 @@ def pairs_table(pairs):
     more = f"{pairs['least_more']:+.1f} to {pairs['most_more']:+.1f} s"
     share = f"{pairs['second_of_run']:.1%} of {pairs['run_minutes']:.1f} minutes"
     head = ["pairs", "Papermill", "`descgen run`", "difference in a pair", "one second, of `make run`"]
-    return markdown_table(head, [[pairs["pairs"], f"{took['papermill']:.1f} s", f"{took['descgen run']:.1f} s", more, share]])
+    row = [pairs["pairs"], f"{took['papermill']:.1f} s", f"{took['descgen run']:.1f} s", more, share]
+    return markdown_table(head, [row])
 
 def tables(read):
     record = read("runs")
     if not record:
         return {}
     s = record["summary"]
-    commands = markdown_table(["command", "seconds"], [[name, f"{took:.2f}"] for name, took in s["commands"].items()])
+    rows = [[name, f"{took:.2f}"] for name, took in s["commands"].items()]
+    commands = markdown_table(["command", "seconds"], rows)
     lines = [circumstances(record), "", *commands]
     if s["pairs"]:
         lines += ["", *pairs_table(s["pairs"])]

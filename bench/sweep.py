@@ -116,6 +116,7 @@ def tables(read):
     head = ["set", "what it changes", "seeds", "test loss", "against the seed's recipe"]
     about = [circumstances(record, "torch", "unsloth", "transformers", "trl", "peft")]
     if s["before"]:
-        about += ["", f"Before training: {s['before']:.3f} nats per completion token (mean over the seeds of the seed's recipe)."]
+        before = f"{s['before']:.3f} nats per completion token"
+        about += ["", f"Before training: {before} (mean over the seeds of the seed's recipe)."]
     pairs = markdown_table(["set", "beside", "difference"], [[p["set"], p["other"], interval(p)] for p in s["pairs"]])
     return {"sweep": [*about, "", *markdown_table(head, rows)], "sweep pairs": pairs}

@@ -1,4 +1,4 @@
-"""Training on a CPU: plain TRL + PEFT, LLaMA-Factory, Unsloth, descgen, and the limit of the model's own products.
+"""Training on a CPU: TRL + PEFT, LLaMA-Factory, Unsloth, descgen, and the processor's limit.
 
     python -m bench train ROWS.jsonl              # three rounds, about twenty minutes on two cores
     python -m bench train ROWS.jsonl --float32    # limit, Unsloth and descgen as on a processor without bf16

@@ -1,9 +1,9 @@
-"""Writing descriptions on a CPU: descgen beside transformers' `generate` with PEFT, and the two parts that differ.
+"""Writing descriptions on a CPU: descgen beside transformers' `generate` with PEFT.
 
     python -m bench write ROWS.jsonl
 
 The embedded model in 16 bits with an untrained adapter. Both write the same titles in the same batch, each text
-at full length, in turn.
+at full length, in turn. Then the two parts that differ: attention of one token, and sampling.
 """
 from pathlib import Path
 

@@ -24,7 +24,8 @@ def test_subject_imports_and_explains_its_options(name, capsys):
     assert "--results" in capsys.readouterr().out
 
 def test_every_file_of_bench_is_a_subject_or_is_used():
-    modules = {p.relative_to(ROOT/"bench").with_suffix("").as_posix().replace("/", ".") for p in (ROOT/"bench").rglob("*.py")}
+    paths = [p.relative_to(ROOT/"bench").with_suffix("") for p in (ROOT/"bench").rglob("*.py")]
+    modules = {p.as_posix().replace("/", ".") for p in paths}
     helpers = {"__init__", "__main__", "gpu.__init__", "measure", "markdown", "gpu.card"}
     assert modules - helpers == set(SUBJECTS.values())
 
@@ -35,7 +36,8 @@ def test_command_lists_and_refuses_unknown_names():
     assert wrong.returncode and "sped" in wrong.stderr and "gpu-speed" in wrong.stderr
 
 def test_start_needs_no_heavy_library():
-    code = "import sys; from bench.__main__ import list_subjects; list_subjects(); print({'torch', 'polars', 'unsloth'} & {*sys.modules})"
+    code = ("import sys; from bench.__main__ import list_subjects; list_subjects(); "
+            "print({'torch', 'polars', 'unsloth'} & {*sys.modules})")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

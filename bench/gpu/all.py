@@ -36,7 +36,7 @@ class Part:
 def add_options(parser):
     parser.add_argument("--only", nargs="*", choices=KINDS)
     parser.add_argument("--match", default="", help="only parts with this in their name, such as embedded")
-    parser.add_argument("--missing", action="store_true", help="only parts without a result in the folder of the results")
+    parser.add_argument("--missing", action="store_true", help="only parts without a result")
     parser.add_argument("--rounds", type=int, help="of gpu-speed")
     add_model_options(parser, with_model=False)
     work = next(a for a in parser._actions if a.dest == "work")

@@ -1,4 +1,4 @@
-"""What other cards and settings do, checked on this one: fp16, attention without xformers, failing kernels, offloading.
+"""What other cards do, checked on this one: fp16, other attention, failing kernels, offloading.
 
     python -m bench gpu-fallbacks WORK                 # every check; ends with 1 if one fails
     python -m bench gpu-fallbacks WORK --only loaded   # those whose name begins so
@@ -187,7 +187,8 @@ def descriptions_in_each_precision(given):
         model, tokenizer = load_trained(make_recipe(model_id=given["embedded"], **more), 0.002)
         for kind in ("xformers", "SDPA by example") if has_gpu() else ("xformers",):
             with attention(kind) if has_gpu() else nullcontext():
-                found[f"{name}, {kind}"] = describe(model, tokenizer, titles, sample=False, max_new_tokens=24, progress=False)
+                texts = describe(model, tokenizer, titles, sample=False, max_new_tokens=24, progress=False)
+            found[f"{name}, {kind}"] = texts
     if has_gpu(): # a tiny random model may write nothing
         assert all(all(texts) for texts in found.values()), found
     return {name: texts[0] for name, texts in found.items()}
@@ -200,7 +201,8 @@ def loss_token_by_token(model, ids):
     with torch.no_grad():
         for i in range(ids.shape[1] - 1):
             position = torch.tensor([[i]], device="cuda")
-            out = model(input_ids=ids[:, i:i + 1], position_ids=position, past_key_values=cache, use_cache=True, return_dict=True)
+            out = model(input_ids=ids[:, i:i + 1], position_ids=position, past_key_values=cache, use_cache=True,
+                        return_dict=True)
             cache = out.past_key_values
             nats.append(-out.logits[0, -1].float().log_softmax(-1)[ids[0, i + 1]].item())
     return sum(nats)/len(nats)
@@ -239,8 +241,9 @@ def make_untied_model(tokenizer_folder):
     "A small model with an embedding of its own, in a folder"
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     folder = tempfile.mkdtemp()
-    config = LlamaConfig(vocab_size=49152, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, tie_word_embeddings=False, eos_token_id=2, pad_token_id=0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False, eos_token_id=2, pad_token_id=0)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
     return folder
@@ -283,8 +286,9 @@ def skipped_steps_are_counted(given):
     from descgen.formatting import template_parts
     from descgen.packing import Packs
     from descgen.train import skipped_steps, train
-    recipe = make_recipe(model_id=given["embedded"], load_in_4bit=False, bf16=False, fp16=True, max_steps=12, warmup_steps=0,
-                         per_device_train_batch_size=1, gradient_accumulation_steps=1, learning_rate=1e-3)
+    recipe = make_recipe(
+        model_id=given["embedded"], load_in_4bit=False, bf16=False, fp16=True, max_steps=12, warmup_steps=0,
+        per_device_train_batch_size=1, gradient_accumulation_steps=1, learning_rate=1e-3)
     model, tokenizer = load_trained(recipe)
     packs = Packs(Dataset.from_list(given["rows"][:64]), tokenizer, template_parts(tokenizer), 512, "completion")
     def large_scaler(*args, **kw):

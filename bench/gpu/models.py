@@ -1,8 +1,9 @@
-"""Make a model's folder: Llama 3.2 1B's shape with seeded random weights and the real vocabulary, or the embedded model.
+"""Make a model's folder: Llama 3.2 1B's shape with random weights, or the embedded model.
 
     python -m bench gpu-models llama WORK
 
-It is a process of its own because nothing may have patched transformers before.
+The random weights are seeded, and the vocabulary is the real one. It is a process of its own because nothing may
+have patched transformers before.
 """
 import importlib.util
 import random

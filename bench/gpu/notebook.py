@@ -24,14 +24,16 @@ def make_parameters(args, folder):
     given = dict(model_id=str(model_folder(args.model, args.work, args.small)), data_path=str(args.rows.resolve()),
                  output_dir=str(folder), max_steps=args.max_steps)
     if args.small:
-        given |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=1, max_length=256, max_new_tokens=8, eval_rows=4)
+        given |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=1, max_length=256, max_new_tokens=8,
+                      eval_rows=4)
     if args.fp16:
         given |= dict(fp16=True, bf16=False)
     return given
 
 def evaluate_again(adapter):
     "The fine-tuned model's test loss by `descgen evaluate`"
-    command = [sys.executable, "-c", "from descgen.cli import app; app()", "evaluate", "--adapter", str(adapter), "--json"]
+    words = ["evaluate", "--adapter", str(adapter), "--json"]
+    command = [sys.executable, "-c", "from descgen.cli import app; app()", *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])

@@ -1,4 +1,4 @@
-"""Does bf16 round small adapters away on this card? The same adapter weights in float32, in Unsloth's products and in descgen's.
+"""Does bf16 round small adapters away? The same weights in float32, Unsloth's way and descgen's.
 
     python -m bench gpu-precision unsloth llama 4 WORK    # trains small adapters by Unsloth and by descgen; judges both
     python -m bench gpu-precision plain llama 4 WORK      # the same weights in float32 and in transformers' bf16
@@ -485,7 +485,8 @@ def tables(read):
     if not about:
         return {}
     heads = {"losses": ["base", "adapter trained by", "float32", "Unsloth", "descgen", "transformers + PEFT, bf16"],
-             "shares": ["base", "matrix", "Unsloth", "addmm that begins at 1 times the addition", "descgen", "addition in half units"],
+             "shares": ["base", "matrix", "Unsloth", "addmm that begins at 1 times the addition", "descgen",
+                        "addition in half units"],
              "decoding": ["base", "rows", "float32, in one pass", "Unsloth", "descgen"],
              "costs": ["base", "settings", "Unsloth", "descgen", "difference"]}
     found = {f"gpu-precision {name}": markdown_table(head, rows[name]) for name, head in heads.items()}

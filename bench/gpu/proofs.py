@@ -1,4 +1,4 @@
-"""Whether the proofs of the notebooks hold on this card: packing, labels, evaluation that changes nothing, resuming, learning.
+"""Do the proofs of the notebooks hold on this card: packing, labels, evaluation, resuming, learning?
 
     python -m bench gpu-proofs llama WORK       # packing and labels, with the real vocabulary
     python -m bench gpu-proofs embedded WORK    # these, and evaluation, resuming and learning
@@ -158,8 +158,8 @@ def packing_rows(model, s):
     "The proof of packing"
     rows = []
     for mode, f in s["packing"].items():
-        figures = [f"{f[k]:.3g}" for k in ("moved_by_neighbour", "from_alone_largest", "from_alone_mean", "largest_logit")]
-        rows.append([model, mode, f["examples"], *figures])
+        keys = ("moved_by_neighbour", "from_alone_largest", "from_alone_mean", "largest_logit")
+        rows.append([model, mode, f["examples"], *(f"{f[k]:.3g}" for k in keys)])
     return rows
 
 def label_row(model, s):
@@ -178,8 +178,8 @@ def learning_rows(model, s):
     return [[model, f["steps"], f"{f['before']:.3g}", f"{f['after']:.3g}"]] if f else []
 
 HEADS = {
-    "packing": ["model", "mode", "examples in the pack", "moved by another neighbour", "from the example alone, largest",
-                "mean", "largest logit"],
+    "packing": ["model", "mode", "examples in the pack", "moved by another neighbour",
+                "from the example alone, largest", "mean", "largest logit"],
     "labels": ["model", "labels are tokens", "examples in the pack", "beginnings of text", "ends learnt", "padding"],
     "repeated": ["model", "beside a first run", "losses equal", "largest difference of losses", "of weights"],
     "learning": ["model", "steps", "test loss before, nats per token", "after"]}

@@ -1,8 +1,9 @@
-"""How much of an adapter's small addition this card's products keep, by scale and type: Unsloth's way and descgen's.
+"""How much of an adapter's small addition this card's products keep, by scale and type.
 
     python -m bench gpu-rounding
 
-Random numbers in the shape of Llama's gate. `descgen.layers` is tried in compiled code, too.
+Unsloth's way and descgen's, with random numbers in the shape of Llama's gate. `descgen.layers` is tried in
+compiled code, too.
 """
 from ..markdown import circumstances, markdown_table
 from ..measure import save_result
@@ -13,7 +14,7 @@ SCALES = (0.25, 0.5, 1., 1.3, 2., 2.8284271, 4.)
 COMPILED_SCALES = (1., 2.)
 
 def add_options(parser):
-    parser.add_argument("--small", action="store_true", help="name the result a try; without a GPU the matrices are small anyway")
+    parser.add_argument("--small", action="store_true", help="the result is a try; without a GPU all is small")
 
 def add_as_unsloth(X, X_lora, W, A, B, s):
     "The small product added onto the large one"
@@ -45,8 +46,8 @@ def run(args):
     found, given = [], make_matrices()
     for name, matrices in given.items():
         for s in SCALES:
-            found.append({"type": name, "scale": s, "compiled": False, "unsloth": share_of(add_as_unsloth, *matrices, s),
-                          "descgen": share_of(addmm_lora, *matrices, s)})
+            shares = {"unsloth": share_of(add_as_unsloth, *matrices, s), "descgen": share_of(addmm_lora, *matrices, s)}
+            found.append({"type": name, "scale": s, "compiled": False, **shares})
     for s in COMPILED_SCALES if has_gpu() else ():
         share = share_of(torch.compile(addmm_lora), *given["bfloat16"], s)
         found.append({"type": "bfloat16", "scale": s, "compiled": True, "unsloth": None, "descgen": share})
@@ -63,6 +64,7 @@ def tables(read):
         scale = f"{f['scale']}{', compiled' if f['compiled'] else ''}"
         unsloth = "" if f["unsloth"] is None else f"{f['unsloth']:.3f}"
         rows.append([f["type"], scale, unsloth, f"{f['descgen']:.3f}"])
-    about = f"The addition at scale 1 is {s['half_units']:.3f} half units in the last place. {circumstances(record, *CARD)}"
+    about = f"The addition at scale 1 is {s['half_units']:.3f} half units in the last place. "
+    about += circumstances(record, *CARD)
     table = markdown_table(["type", "scale", "Unsloth", "descgen"], rows)
     return {"gpu-rounding": [about, "", *table]}

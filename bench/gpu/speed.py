@@ -1,4 +1,4 @@
-"""Training on a GPU: descgen, Unsloth as its notebooks set it, and TRL with PEFT; tokens, memory, share of the card's rate.
+"""Training on a GPU: descgen, Unsloth and TRL with PEFT; tokens, memory, share of the card's rate.
 
     python -m bench gpu-speed unsloth llama WORK     # descgen, Unsloth padded, Unsloth with packing=True
     python -m bench gpu-speed plain llama WORK       # TRL + PEFT
@@ -41,7 +41,7 @@ def add_options(parser):
     parser.add_argument("side", choices=["unsloth", "plain", "settings"])
     add_model_options(parser)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--match", nargs="*", help="only settings with one of these in their name; the result keeps the others")
+    parser.add_argument("--match", nargs="*", help="only settings with one of these words; the result keeps the others")
 
 def make_recipe(source, small, *names, **more):
     "The notebook's defaults with recipes of the folder `recipes`, for this model"
@@ -233,7 +233,9 @@ def result_name(args):
 
 def save(args, found, kept=None):
     "Write what is measured so far: {settings: {way: runs}}; `kept` is the summary of other settings"
-    summary = (kept or {}) | {name: {way: summarize(runs) for way, runs in ways.items()} for name, ways in found.items()}
+    summary = dict(kept or {})
+    for name, ways in found.items():
+        summary[name] = {way: summarize(runs) for way, runs in ways.items()}
     save_result(args.results, result_name(args), summary, found, args.rounds)
 
 def measure_side_by_side(args, source, rows, tokens, card):

@@ -1,7 +1,9 @@
-"""Writing descriptions on a GPU by batch size: descgen beside transformers' `generate`, base in 4 bits with an adapter.
+"""Writing descriptions on a GPU by batch size: descgen beside transformers' `generate` with PEFT.
 
     python -m bench gpu-write descgen llama WORK
     python -m bench gpu-write plain llama WORK
+
+The base is in 4 bits and has an adapter.
 """
 from ..markdown import circumstances, markdown_table
 from ..measure import save_result
