@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from bench.__main__ import SUBJECTS, list_subjects, load_subject, make_parser
-from bench.measure import RESULTS, interleaved, medians, read_result, save_result
+from bench.data import TRAINING
+from bench.measure import NOTEBOOK, RESULTS, interleaved, medians, read_result, save_result
 from bench.tables import README, all_tables, render
 from conftest import ROOT
 
@@ -59,6 +60,9 @@ def test_render_needs_each_marker_once():
     assert render("<!-- a -->\nold\n<!-- /a -->", {"a": "new"}) == "<!-- a -->\nnew\n<!-- /a -->"
     with pytest.raises(SystemExit, match="found 0 times"):
         render("nothing", {"a": "new"})
+
+def test_the_notebook_can_be_stopped_at_its_first_step():
+    assert NOTEBOOK.read_text(encoding="utf-8").count(TRAINING) == 1
 
 def test_ways_take_turns():
     order = []
