@@ -324,8 +324,10 @@ def table(record):
     s = record["summary"]
     head = ["", "useful tokens per second", "against Unsloth as it comes", "against plain TRL + PEFT", "of the limit",
             "peak memory", "held-out loss"]
-    about = (f"{s['rows']} rows, {s['held_out']} others held out, loss before {s['loss_before']:.3f}, the limit's rate "
-             f"{s['limit_gflops']:.0f} GFLOP/s. {circumstances(record, 'torch', 'unsloth', 'transformers', 'peft')}")
+    about = f"{s['rows']} rows, {s['held_out']} others held out, loss before {s['loss_before']:.3f}"
+    if s["limit_gflops"]:
+        about += f", the limit's rate {s['limit_gflops']:.0f} GFLOP/s"
+    about += f". {circumstances(record, 'torch', 'unsloth', 'transformers', 'peft')}"
     lines = [about, "", *markdown_table(head, [system_row(name, row) for name, row in s["systems"].items()])]
     if s["loss_in_float32"]:
         lines += ["", f"Trained in float32, descgen's loss is {s['loss_in_float32']:.3f}."]
