@@ -236,7 +236,8 @@ def save(args, found, kept=None):
     summary = dict(kept or {})
     for name, ways in found.items():
         summary[name] = {way: summarize(runs) for way, runs in ways.items()}
-    save_result(args.results, result_name(args), summary, found, args.rounds)
+    rounds = 1 if args.side == "settings" else args.rounds
+    save_result(args.results, result_name(args), summary, found, rounds)
 
 def measure_side_by_side(args, source, rows, tokens, card):
     "Every way with the seed's settings and with the fastest recipe, then the packed ones in more rounds"
