@@ -1,192 +1,308 @@
-"""What the data stage costs, beside the usual way and beside the limit, in one run and interleaved.
+"""The data stage: from a file of two million rows to the split, and to the first training step.
 
-    python bench/data.py              # about forty minutes on two cores: writes its tables into bench/README.md; interrupted, it goes on where it was
-    python bench/data.py --rows 140538 --rounds 1   # a look at a sixteenth of the size; prints only
+    python -m bench data                            # about forty minutes on two cores; interrupted, it resumes
+    python -m bench data --rows 20000 --rounds 1    # a short look
+    python -m bench data --child limit PATH CACHE   # one measurement
 
-Each measurement is a process of its own with a cache of its own. Times are those of the work, from after the imports; memory is the peak of the process,
-what it maps from the disk included. Of several rounds the median is told.
+The ways take turns. Each is a process of its own with a cache of its own. Seconds are those of the work, after
+the imports; memory is the peak of the process, mapped files included.
 """
-import argparse, json, os, platform, re, shutil, statistics, subprocess, sys, tempfile, time
-from dataclasses import asdict
-from importlib.metadata import version
+import json
+import os
+import random
+import shutil
+import statistics
+import tempfile
+import time
 from pathlib import Path
 
-from make_catalogue import ROWS, make_catalogue
+from .catalogue import ROWS, add_words_option, make_catalogue
+from .markdown import circumstances, markdown_table
+from .measure import (NOTEBOOK, SCRATCH, interleaved, peak_memory_gb, print_result, read_jsonl, run_child,
+                      save_result)
 
-HERE = Path(__file__).parent
-RECIPE = dict(min_chars=20, max_chars=20_000) # of both
+RECIPE = dict(min_chars=20, max_chars=20_000) # of all ways
+BAD_LINES = 1000
+TRAINING = "test_examples, resume_from)" # the end of the notebook's call of `train`
+STOPPED = "test_examples, resume_from, [Stop()])"
+PAIRS = 4 # of limit and descgen, with nothing else running
+
+def add_options(parser):
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--rounds", type=int, default=3)
+    add_words_option(parser)
+    parser.add_argument("--child", nargs=3, metavar=("NAME", "PATH", "CACHE"), help="one measurement in this process")
+
+# The ways: each gets a catalogue and an empty cache folder
 
 def limit(path, cache):
     "One pass of polars that only parses"
     import polars as pl
     start = time.perf_counter()
     lines = pl.scan_ndjson(path, schema={k: pl.String for k in ("uid", "title", "content")})
-    n, *_ = lines.select(pl.len(), pl.col("title").str.len_bytes().sum().alias("t"), pl.col("content").str.len_bytes().sum()).collect(engine="streaming").row(0)
-    return {"seconds": time.perf_counter() - start, "rows": n}
+    sizes = [pl.col(name).str.len_bytes().sum() for name in ("title", "content")]
+    rows, *_ = lines.select(pl.len(), *sizes).collect(engine="streaming").row(0)
+    return {"seconds": time.perf_counter() - start, "rows": rows}
+
+def load_usual(path, cache):
+    "The rows of the usual length, by `datasets`"
+    from datasets import disable_progress_bars, load_dataset
+    disable_progress_bars()
+    rows = load_dataset("json", data_files=str(path), split="train", cache_dir=cache)
+    return rows.filter(lambda r: RECIPE["min_chars"] <= len(r["content"].strip()) <= RECIPE["max_chars"])
 
 def usual(path, cache):
     "load_dataset, filter, map, train_test_split, as the documentation shows them"
-    from datasets import disable_progress_bars, load_dataset
-    disable_progress_bars()
+    import datasets # before the clock starts
     start = time.perf_counter()
-    rows = load_dataset("json", data_files=str(path), split="train", cache_dir=cache)
-    rows = rows.filter(lambda r: RECIPE["min_chars"] <= len(r["content"].strip()) <= RECIPE["max_chars"])
+    rows = load_usual(path, cache)
     rows = rows.map(lambda r: {"title": r["title"].strip(), "content": r["content"].strip()})
     split = rows.train_test_split(test_size=0.05, seed=42)
     return {"seconds": time.perf_counter() - start, "rows": len(split["train"]) + len(split["test"])}
 
 def descgen(path, cache, near_up_to=0):
-    "load_data, with its cleaning and its search for exact copies: what it does by itself with a file of two million rows"
+    "load_data with cleaning and a search for exact duplicates, its default for two million rows"
     from datasets import disable_progress_bars
-    from descgen.dataset import DataSettings, load_data
+    from descgen.dataset import load_data
     disable_progress_bars()
     start = time.perf_counter()
-    data = load_data(path, DataSettings(near_up_to=near_up_to, **RECIPE), cache)
-    return {"seconds": time.perf_counter() - start, "rows": len(data.train) + len(data.test), "funnel": asdict(data.funnel), "changed": data.changed}
+    data = load_data(path, cache=cache, near_up_to=near_up_to, **RECIPE)
+    return {"seconds": time.perf_counter() - start, "rows": len(data.train) + len(data.test),
+            "funnel": data.funnel, "changed": data.changed}
 
-def near(path, cache): return descgen(path, cache, near_up_to=10**9)
-
-def _tokenizer():
-    from transformers import AutoTokenizer
-    from descgen.model import embedded_model
-    return AutoTokenizer.from_pretrained(embedded_model())
+def near(path, cache):
+    "The same with a search for near-duplicates"
+    return descgen(path, cache, near_up_to=10**9)
 
 def usual_start(path, cache):
-    "The same, then everything formatted, tokenised and packed, up to the first batch"
-    import datasets, trl
-    tokenizer = _tokenizer()
+    "All rows formatted, tokenised and packed by TRL, up to the first batch"
+    import datasets
+    import trl
+    from transformers import AutoTokenizer
+    from descgen.model import embedded_model
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    def texts(batch):
+        pairs = zip(batch["title"], batch["content"])
+        return {"text": [chat_text(tokenizer, title, content) for title, content in pairs]}
+    def ids(batch):
+        encoded = tokenizer(batch["text"], add_special_tokens=False, truncation=True, max_length=1024)
+        return {"input_ids": encoded.input_ids}
     start = time.perf_counter()
-    datasets.disable_progress_bars()
-    rows = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=cache)
-    rows = rows.filter(lambda r: RECIPE["min_chars"] <= len(r["content"].strip()) <= RECIPE["max_chars"])
-    rows = rows.train_test_split(test_size=0.05, seed=42)["train"]
-    def texts(batch): return {"text": [tokenizer.apply_chat_template([{"role": "user", "content": f"DESCRIBE ABOUT THE PRODUCT.\nTitle: {t}"},
-        {"role": "assistant", "content": c}], tokenize=False) for t, c in zip(batch["title"], batch["content"])]}
+    rows = load_usual(path, cache).train_test_split(test_size=0.05, seed=42)["train"]
     rows = rows.map(texts, batched=True, remove_columns=rows.column_names)
-    rows = rows.map(lambda b: {"input_ids": tokenizer(b["text"], add_special_tokens=False, truncation=True, max_length=1024).input_ids}, batched=True, remove_columns=["text"])
+    rows = rows.map(ids, batched=True, remove_columns=["text"])
     packs = trl.pack_dataset(rows, 1024, strategy="bfd")
     packs.shuffle(seed=42)[:16]
     return {"seconds": time.perf_counter() - start, "rows": len(rows)}
 
-def descgen_start(path, cache):
-    "The main notebook with its defaults and a tiny model, cell by cell, until the first step; loading the model and the base model's own answers and test loss do not count"
-    import matplotlib.pyplot, nbformat, pandas, py3langid.langid, trl, unsloth
-    from transformers import TrainerCallback
-    from descgen import train
-    from descgen.model import tiny_model
-    os.environ["XDG_CACHE_HOME"] = cache # prepared sets
-    work = tempfile.mkdtemp()
-    class Reached(Exception): "The first step"
-    class Stop(TrainerCallback):
-        def on_step_begin(self, *args, **kw): raise Reached
-    session, total, cells = {"__name__": "__main__"}, 0., {}
-    for cell in nbformat.read(HERE.parent/"fine_tune_llama3.ipynb", 4).cells:
-        if cell.cell_type != "code" or "google.colab" in cell.source: continue
-        start = time.perf_counter()
-        source = cell.source.replace("test_examples, resume_from)", "test_examples, resume_from, [Stop()])")
-        session["Stop"] = Stop
-        try: exec(source, session)
-        except Reached: stopped = True
-        else: stopped = False
-        seconds = time.perf_counter() - start
-        if "parameters" in cell.metadata.get("tags", []):
-            session |= {"data_path": str(path), "model_id": tiny_model(work), "output_dir": f"{work}/run"}
-        elif "load_model(" not in source and "loss_before" not in source: total += seconds; cells[source.strip().split("\n")[-1][:60]] = round(seconds, 2)
-        if stopped: break
-    shutil.rmtree(work)
-    return {"seconds": total, "cells": cells, "rows": len(session["data"].train)}
+def chat_text(tokenizer, title, content):
+    "An example in the words of the chat template"
+    messages = [{"role": "user", "content": f"DESCRIBE ABOUT THE PRODUCT.\nTitle: {title}"},
+                {"role": "assistant", "content": content}]
+    return tokenizer.apply_chat_template(messages, tokenize=False)
 
-def spoilt(path, cache):
-    "A thousand bad lines among all: are exactly these set aside?"
-    import random
-    from descgen.dataset import DataSettings, load_data
-    bad = Path(cache)/"bad.json"
-    n = sum(1 for _ in open(path, "rb"))
-    at, kinds = set(random.Random(42).sample(range(1, n + 1), 1000)), [b"{", b"[1]\n", b'{"title": "x"}\n', b'{"title": 5, "content": "y"}\n', b'{"title": "\xff", "content": "y"}\n']
-    with open(path, "rb") as f, open(bad, "wb") as out:
-        for i, line in enumerate(f, 1): out.write(kinds[i % 5].rstrip(b"\n") + b"\n" if i in at else line)
+def descgen_start(path, cache):
+    "The main notebook with its defaults and a tiny model, cell by cell, until the first step"
+    import matplotlib.pyplot, nbformat, pandas, py3langid.langid, trl, unsloth # before the clock starts
+    from descgen.model import tiny_model
+    os.environ["XDG_CACHE_HOME"] = cache # of prepared data
+    work = tempfile.mkdtemp()
+    given = {"data_path": str(path), "model_id": tiny_model(work), "output_dir": f"{work}/run"}
+    cells = [c for c in nbformat.read(NOTEBOOK, 4).cells if c.cell_type == "code"]
+    try:
+        took, data = execute_until_first_step(cells, given)
+    finally:
+        shutil.rmtree(work)
+    return {"seconds": sum(took.values()), "cells": took, "rows": len(data.train)}
+
+def execute_until_first_step(cells, given):
+    "Seconds of each cell that counts, and the data; loading the model and judging the base model do not count"
+    from transformers import TrainerCallback
+    if not any(TRAINING in cell.source for cell in cells):
+        raise RuntimeError(f"The notebook has no {TRAINING!r}, after which the training can be stopped.")
+    class FirstStepReached(Exception):
+        "Ends the training"
+    class Stop(TrainerCallback):
+        def on_step_begin(self, *args, **kw):
+            raise FirstStepReached
+    session, took = {"__name__": "__main__", "Stop": Stop}, {}
+    for cell in cells:
+        if "google.colab" in cell.source:
+            continue
+        start = time.perf_counter()
+        source = cell.source.replace(TRAINING, STOPPED)
+        try:
+            exec(source, session)
+            stopped = False
+        except FirstStepReached:
+            stopped = True
+        spent = time.perf_counter() - start
+        if "parameters" in cell.metadata.get("tags", []):
+            session |= given
+        elif "load_model(" not in source and "loss_before" not in source:
+            took[source.strip().split("\n")[-1][:60]] = spent
+        if stopped:
+            return took, session["data"]
+    raise RuntimeError("The notebook ended before the first training step.")
+
+def spoil(path, spoiled):
+    "Copy a catalogue with a thousand bad lines in place of others; their line numbers"
+    with open(path, "rb") as f:
+        n = sum(1 for _ in f)
+    at = set(random.Random(42).sample(range(1, n + 1), min(BAD_LINES, n)))
+    kinds = [b"{", b"[1]", b'{"title": "x"}', b'{"title": 5, "content": "y"}', b'{"title": "\xff", "content": "y"}']
+    with open(path, "rb") as f, open(spoiled, "wb") as out:
+        for i, line in enumerate(f, 1):
+            out.write(kinds[i % 5] + b"\n" if i in at else line)
+    return at
+
+def bad_lines(path, cache):
+    "A thousand bad lines: are exactly these rejected?"
+    from descgen.dataset import load_data
+    spoiled = Path(cache)/"spoiled.json"
+    at = spoil(path, spoiled)
     start = time.perf_counter()
-    data = load_data(bad, DataSettings(**RECIPE), cache)
-    seconds = time.perf_counter() - start
-    found = {json.loads(l)["line"] for l in open(data.rejected)}
-    return {"seconds": seconds, "rows": len(data.train) + len(data.test), "right": found == at, "found": len(found)}
+    data = load_data(spoiled, cache=cache, **RECIPE)
+    spent = time.perf_counter() - start
+    found = {r["line"] for r in read_jsonl(data.rejected)}
+    return {"seconds": spent, "rows": len(data.train) + len(data.test), "right": found == at, "found": len(found)}
+
+WAYS = {f.__name__: f for f in (limit, usual, descgen, near, usual_start, descgen_start, bad_lines)}
+
+# Rounds of them
 
 def measure(name, path, cache):
-    "Seconds, rows and peak memory of one of the above in a process of its own"
-    child = subprocess.Popen([sys.executable, __file__, "--child", name, str(path), str(cache)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    out = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    if status: raise RuntimeError(f"{name} failed: run  python {__file__} --child {name} {path} {cache}")
-    result = json.loads(out.splitlines()[-1]) | {"gb": usage.ru_maxrss/1e6}
-    print(f"{name:14} {result['seconds']:8.1f} s {result['gb']:6.2f} GB {result['rows']:>12,} rows", file=sys.stderr)
-    return result
+    "One way in a process of its own"
+    return run_child("data", "--child", name, path, cache)
 
-def one_round(path, names):
-    "Each named measurement once, a fresh cache for each; `again` is descgen's second run in the same cache"
-    found = {}
-    for name in names:
-        cache = tempfile.mkdtemp(dir=path.parent)
-        try:
-            found[name] = measure(name, path, cache)
-            if name in ("descgen", "descgen_start"): found[f"{name} again"] = measure(name, path, cache)
-        finally: shutil.rmtree(cache)
+def measure_again(name, path):
+    "A way in a new cache, and descgen's second time in the same cache"
+    cache = tempfile.mkdtemp(dir=path.parent)
+    try:
+        first = measure(name, path, cache)
+        again = measure(name, path, cache) if name in ("descgen", "descgen_start") else None
+    finally:
+        shutil.rmtree(cache)
+    return {"first": first, "again": again}
+
+def rounds_of(path, names, rounds=1):
+    "The named ways in turn"
+    ways = {name: (lambda name=name: measure_again(name, path)) for name in names}
+    return interleaved(ways, rounds)
+
+def parts(args, path):
+    "What is measured: names, and functions that do it"
+    def of_size(n):
+        smaller = make_catalogue(path.parent/f"trn-{n}.json", n, args.words)
+        return rounds_of(smaller, ["descgen", "usual", "near"])[0]
+    sizes = (args.rows//16, args.rows//4, args.rows)
+    return {
+        "rounds": lambda: rounds_of(path, ["limit", "descgen", "usual"], args.rounds),
+        "growth": lambda: {str(n): of_size(n) for n in sizes},
+        "pairs": lambda: rounds_of(path, ["limit", "descgen"], PAIRS),
+        "start": lambda: rounds_of(path, ["descgen_start"], args.rounds),
+        "usual_start": lambda: rounds_of(path, ["usual_start"])[0],
+        "bad_lines": lambda: rounds_of(path, ["bad_lines"])[0]}
+
+def measure_parts(args, path):
+    "All parts; those of an interrupted call are not measured again"
+    unfinished = path.with_name(f"data-{args.rows}.json")
+    found = json.loads(unfinished.read_text()) if unfinished.exists() else {}
+    for name, act in parts(args, path).items():
+        if name not in found:
+            found[name] = act()
+            unfinished.write_text(json.dumps(found, indent=1))
+    unfinished.unlink()
     return found
 
-def median(rounds, name, what="seconds"): return statistics.median(r[name][what] for r in rounds)
+def run(args):
+    if args.child:
+        name, path, cache = args.child
+        return print_result(WAYS[name](path, cache) | {"memory_gb": peak_memory_gb()})
+    path = make_catalogue(SCRATCH/f"trn-{args.rows}.json", args.rows, args.words)
+    found = measure_parts(args, path)
+    save_result(args.results, f"data-{args.rows}", summarize(found, args.rows), found, args.rounds)
 
-def machine():
-    return f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, Python {platform.python_version()}, " + ", ".join(
-        f"{p} {version(p)}" for p in ("polars", "datasets", "rensa", "tokenizers"))
+# Summary and tables
 
-def tables(found, n):
-    "The tables of bench/README.md"
-    from descgen.dataset import Funnel
-    rounds, growth, bad, start, usual_start = (found[k] for k in ("rounds", "growth", "bad", "start", "usual start"))
-    s, gb = lambda name: median(rounds, name), lambda name: max(r[name]["gb"] for r in rounds)
-    lines = [f"{n:,} rows, {len(rounds)} rounds, median seconds; memory is the largest. {machine()}.", "",
-        "| | usual | descgen | limit | descgen is |", "|---|---|---|---|---|",
-        f"| load to split, first run | {s('usual'):.1f} s | {s('descgen'):.1f} s | {s('limit'):.1f} s | {s('usual')/s('descgen'):.1f} × as fast as usual, {s('descgen')/s('limit'):.1f} × the limit |",
-        f"| load to split, second run | | {s('descgen again'):.1f} s | | |",
-        f"| peak memory | {gb('usual'):.2f} GB | {gb('descgen'):.2f} GB | {gb('limit'):.2f} GB | |",
-        f"| rows out | {rounds[0]['usual']['rows']:,} | {rounds[0]['descgen']['rows']:,} (no copies) | | |",
-        f"| start to first step, first run | {usual_start['seconds']:.0f} s | {median(start, 'descgen_start'):.1f} s | | |",
-        f"| start to first step, second run | | {median(start, 'descgen_start again'):.1f} s | | |",
-        f"| a thousand bad lines among them | | {bad['seconds']:.1f} s, {bad['found']:,} set aside, {'exactly these' if bad['right'] else 'NOT THE RIGHT ONES'} | | |", "",
-        "| rows | usual | descgen | descgen again | near copies too | memory: usual, descgen, near |", "|---|---|---|---|---|---|"]
-    for size, r in growth.items():
-        lines.append(f"| {int(size):,} | {r['usual']['seconds']:.1f} s | {r['descgen']['seconds']:.1f} s | {r['descgen again']['seconds']:.1f} s | {r['near']['seconds']:.1f} s | "
-            f"{r['usual']['gb']:.2f}, {r['descgen']['gb']:.2f}, {r['near']['gb']:.2f} GB |")
-    lines += ["", "The funnel of the full file with near copies looked for:", "", "| | rows |", "|---|---|", *(f"| {k} | {v:,} |" for k, v in Funnel(**found["funnel"]).labelled().items())]
-    return "\n".join(lines)
+def median(rounds, name, which="first"):
+    "Median seconds of a way"
+    return statistics.median(r[name][which]["seconds"] for r in rounds)
 
-def parts(path, n, n_rounds):
-    "The measurements: names, and what makes each"
-    def at(size): return make_catalogue(path.parent/f"trn-{size}.json", size)
-    return {"rounds": lambda: [one_round(path, ["limit", "descgen", "usual"]) for _ in range(n_rounds)],
-        "growth": lambda: {str(size): one_round(at(size), ["descgen", "usual", "near"]) for size in (n//16, n//4, n)},
-        "funnel": lambda: one_round(path, ["near"])["near"]["funnel"],
-        "start": lambda: [one_round(path, ["descgen_start"]) for _ in range(n_rounds)],
-        "usual start": lambda: one_round(path, ["usual_start"])["usual_start"],
-        "bad": lambda: one_round(path, ["spoilt"])["spoilt"]}
+def largest(rounds, name):
+    "The peak memory of a way, over all rounds"
+    return max(r[name]["first"]["memory_gb"] for r in rounds)
 
-def main(args):
-    "Measure what outputs/bench/data-N.json does not hold yet, and write the tables"
-    path = make_catalogue(Path(f"outputs/bench/trn-{args.rows}.json"), args.rows)
-    kept = path.with_name(f"data-{args.rows}.json")
-    found = json.loads(kept.read_text()) if kept.exists() else {}
-    for name, make in parts(path, args.rows, args.rounds).items():
-        if name not in found: found[name] = make()
-        kept.write_text(json.dumps(found, indent=1))
-    text = tables(found, args.rows)
-    print(text)
-    if args.rows == ROWS:
-        readme = HERE/"README.md"
-        readme.write_text(re.sub(r"(?s)(<!-- data -->\n).*?(<!-- /data -->)", lambda m: f"{m[1]}{text}\n{m[2]}", readme.read_text()))
+def summarize_growth(rows, found):
+    "One line of the table of sizes"
+    took = {name: found[name]["first"]["seconds"] for name in ("usual", "descgen", "near")}
+    memory = {name: found[name]["first"]["memory_gb"] for name in took}
+    return {"rows": int(rows), **took, "again": found["descgen"]["again"]["seconds"], "memory_gb": memory}
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=ROWS); parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--child", nargs=3, metavar=("NAME", "PATH", "CACHE"))
-    args = parser.parse_args()
-    if args.child: print(json.dumps(globals()[args.child[0]](*args.child[1:])))
-    else: main(args)
+def summarize_pairs(pairs):
+    "Limit and descgen one after the other, and their ratio"
+    took = [{name: p[name]["first"]["seconds"] for name in ("limit", "descgen")} for p in pairs]
+    ratios = [t["descgen"]/t["limit"] for t in took]
+    middle = {name: statistics.median(t[name] for t in took) for name in ("limit", "descgen")}
+    return {"each": took, "median": middle | {"ratio": statistics.median(ratios)}}
+
+def summarize(found, rows):
+    "The figures of the tables"
+    rounds, start = found["rounds"], found["start"]
+    took = {name: median(rounds, name) for name in ("usual", "descgen", "limit")}
+    full = found["growth"][str(rows)]["near"]["first"]
+    return {
+        "rows": rows,
+        "seconds": took | {"again": median(rounds, "descgen", "again")},
+        "faster_than_usual": took["usual"]/took["descgen"],
+        "times_the_limit": took["descgen"]/took["limit"],
+        "memory_gb": {name: largest(rounds, name) for name in took},
+        "rows_out": {name: rounds[0][name]["first"]["rows"] for name in ("usual", "descgen")},
+        "start": {"usual": found["usual_start"]["usual_start"]["first"]["seconds"],
+                  "descgen": median(start, "descgen_start"), "again": median(start, "descgen_start", "again")},
+        "bad_lines": found["bad_lines"]["bad_lines"]["first"],
+        "pairs": summarize_pairs(found["pairs"]),
+        "growth": [summarize_growth(n, r) for n, r in found["growth"].items()],
+        "funnel": full["funnel"]}
+
+def main_table(s):
+    "The ways beside each other"
+    took, memory, out, start, bad = (s[k] for k in ("seconds", "memory_gb", "rows_out", "start", "bad_lines"))
+    ratios = f"{s['faster_than_usual']:.1f} × as fast as usual, {s['times_the_limit']:.1f} × the limit"
+    right = "exactly these" if bad["right"] else "NOT THE RIGHT ONES"
+    return markdown_table(["", "usual", "descgen", "limit", "descgen is"], [
+        ["load to split, first run", *(f"{took[k]:.1f} s" for k in ("usual", "descgen", "limit")), ratios],
+        ["load to split, second run", "", f"{took['again']:.1f} s", "", ""],
+        ["peak memory", *(f"{memory[k]:.2f} GB" for k in ("usual", "descgen", "limit")), ""],
+        ["rows out", f"{out['usual']:,}", f"{out['descgen']:,} (no duplicates)", "", ""],
+        ["start to first step, first run", f"{start['usual']:.0f} s", f"{start['descgen']:.1f} s", "", ""],
+        ["start to first step, second run", "", f"{start['again']:.1f} s", "", ""],
+        ["a thousand bad lines", "", f"{bad['seconds']:.1f} s, {bad['found']:,} rejected, {right}", "", ""]])
+
+def growth_table(s):
+    "The ways at three sizes"
+    head = ["rows", "usual", "descgen", "descgen again", "near-duplicates too", "memory: usual, descgen, near"]
+    rows = []
+    for g in s["growth"]:
+        took = [f"{g[k]:.1f} s" for k in ("usual", "descgen", "again", "near")]
+        memory = ", ".join(f"{g['memory_gb'][k]:.2f}" for k in ("usual", "descgen", "near"))
+        rows.append([f"{g['rows']:,}", *took, f"{memory} GB"])
+    return markdown_table(head, rows)
+
+def pairs_table(s):
+    "Limit and descgen alternating"
+    pairs, middle = s["pairs"]["each"], s["pairs"]["median"]
+    rows = [[i, f"{p['limit']:.1f} s", f"{p['descgen']:.1f} s", ""] for i, p in enumerate(pairs, 1)]
+    last = ["median", f"{middle['limit']:.1f} s", f"{middle['descgen']:.1f} s", f"{middle['ratio']:.1f}"]
+    return markdown_table(["pair", "limit", "descgen", "ratio"], [*rows, last])
+
+def tables(read):
+    record = read(f"data-{ROWS}")
+    if not record:
+        return {}
+    s = record["summary"]
+    about = f"{s['rows']:,} rows; memory is the largest of all rounds. "
+    about += circumstances(record, "polars", "datasets", "rensa", "tokenizers")
+    funnel = markdown_table(["", "rows"], [[label, f"{n:,}"] for label, n in s["funnel"].items()])
+    return {"data": [about, "", *main_table(s), "", *growth_table(s)], "data funnel": funnel,
+            "data pairs": pairs_table(s)}

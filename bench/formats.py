@@ -1,75 +1,100 @@
-"""How fast each format of a catalogue is read, beside polars' own reader, which only parses.
+"""Reading each file format beside polars' own reader, which only parses.
 
-    python bench/formats.py                 # a few minutes on two cores: writes its table into bench/README.md
-    python bench/formats.py --rows 50000 --rounds 1   # a look; prints only
+    python -m bench formats                            # a few minutes on two cores
+    python -m bench formats --rows 20000 --rounds 1    # a short look
 
-The same rows in each format; every measurement is a process of its own, the formats take turns, and of several rounds the median is told. descgen checks each record, numbers it and rejects what holds no row.
+The same rows in each format. Every measurement is a process of its own, and the formats take turns. descgen
+parses, numbers and checks each record, and rejects what holds no row.
 """
-import argparse, json, os, platform, resource, statistics, subprocess, sys, tempfile, time
+import gzip
+import statistics
+import tempfile
+import time
 from pathlib import Path
 
-import polars as pl
+from .catalogue import add_words_option, make_catalogue
+from .markdown import circumstances, markdown_table
+from .measure import interleaved, peak_memory_gb, print_result, run_child, save_result
 
-from make_catalogue import make_catalogue
+ROWS = 140_538
+FORMATS = {"JSON Lines": "rows.jsonl", "CSV": "rows.csv", "CSV, .gz": "rows.csv.gz", "JSON array": "rows.json",
+           "Parquet": "rows.parquet"}
 
-HERE = Path(__file__).parent
-FORMATS = {"JSON Lines": "rows.jsonl", "CSV": "rows.csv", "CSV, .gz": "rows.csv.gz", "JSON array": "rows.json", "Parquet": "rows.parquet"}
+def add_options(parser):
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--rounds", type=int, default=3)
+    add_words_option(parser)
+    parser.add_argument("--child", nargs=2, metavar=("READER", "PATH"), help="one measurement in this process")
 
-def write_formats(folder, rows):
+def write_formats(folder, rows, words):
     "The same catalogue in every format"
-    import gzip
-    make_catalogue(folder/"rows.jsonl", rows)
-    table = pl.read_ndjson(folder/"rows.jsonl", schema={"uid": pl.String, "title": pl.String, "content": pl.String})
+    import polars as pl
+    make_catalogue(folder/"rows.jsonl", rows, words)
+    schema = {"uid": pl.String, "title": pl.String, "content": pl.String}
+    table = pl.read_ndjson(folder/"rows.jsonl", schema=schema)
     table.write_csv(folder/"rows.csv")
     table.write_parquet(folder/"rows.parquet")
     table.write_json(folder/"rows.json")
-    with gzip.open(folder/"rows.csv.gz", "wb", 1) as out: out.write((folder/"rows.csv").read_bytes())
+    with gzip.open(folder/"rows.csv.gz", "wb", 1) as out:
+        out.write((folder/"rows.csv").read_bytes())
 
-def measure(who, path):
-    "Seconds, rows and memory of one reader"
+def read_by_polars(path):
+    "Number of rows"
+    import polars as pl
+    readers = {".jsonl": pl.read_ndjson, ".json": pl.read_json, ".parquet": pl.read_parquet}
+    return readers.get(Path(path).suffix, pl.read_csv)(path).height
+
+def read_by_descgen(path):
+    "Number of rows"
+    from descgen.data import inspect_file, read_parts
+    return sum(parse()[0].height for parse in read_parts(inspect_file(path)))
+
+READERS = {"descgen": read_by_descgen, "polars": read_by_polars}
+
+def measure(reader, path):
+    "Seconds, rows and memory of a reader"
+    import polars, descgen.data # before the clock starts
     start = time.perf_counter()
-    if who == "polars":
-        read = {".jsonl": pl.read_ndjson, ".json": pl.read_json, ".parquet": pl.read_parquet}.get(Path(path).suffix, pl.read_csv)
-        rows = read(path).height
-    else:
-        from descgen.data import inspect_file, read_parts
-        start = time.perf_counter()
-        rows = sum(parse()[0].height for parse in read_parts(inspect_file(path)))
-    return {"seconds": time.perf_counter() - start, "rows": rows, "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024/1e9}
+    rows = READERS[reader](path)
+    return {"seconds": time.perf_counter() - start, "rows": rows, "memory_gb": peak_memory_gb()}
 
-def run_apart(who, path):
-    "The same in a process of its own"
-    said = subprocess.run([sys.executable, __file__, "--measure", who, path], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(HERE.parent)})
-    return json.loads(said.stdout.splitlines()[-1])
+def measure_all(folder, rounds):
+    "Every reader with every format in every round"
+    def measured(path):
+        return {reader: run_child("formats", "--child", reader, path) for reader in READERS}
+    ways = {name: (lambda path=folder/file: measured(path)) for name, file in FORMATS.items()}
+    return interleaved(ways, rounds)
 
-def table(found, rows):
-    "Medians as a Markdown table"
-    lines = [f"{rows:,} rows, {len(found['CSV']['descgen'])} rounds, medians, one thread of Python. {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, polars {pl.__version__}.", "",
-        "| format | size | descgen | rows per second | memory | polars alone |", "|---|---|---|---|---|---|"]
-    for name, by in found.items():
-        mine, theirs = (statistics.median(m["seconds"] for m in by[who]) for who in ("descgen", "polars"))
-        lines.append(f"| {name} | {by['megabytes']:,.0f} MB | {mine:.1f} s | {rows/mine:,.0f} | {max(m['memory_gb'] for m in by['descgen']):.2f} GB | {theirs:.1f} s |")
-    return "\n".join(lines)
+def summarize(found, megabytes, rows):
+    "The figures of the table, by format"
+    summary = {}
+    for name in found[0]:
+        took = {reader: statistics.median(r[name][reader]["seconds"] for r in found) for reader in READERS}
+        memory = max(r[name]["descgen"]["memory_gb"] for r in found)
+        summary[name] = {"megabytes": megabytes[name], "descgen": took["descgen"],
+                         "rows_per_second": rows/took["descgen"], "memory_gb": memory, "polars": took["polars"]}
+    return summary
 
-def main():
-    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args.add_argument("--rows", type=int, default=562_154)
-    args.add_argument("--rounds", type=int, default=3)
-    args.add_argument("--measure", nargs=2)
-    args = args.parse_args()
-    if args.measure: return print(json.dumps(measure(*args.measure)))
+def run(args):
+    if args.child:
+        return print_result(measure(*args.child))
     with tempfile.TemporaryDirectory() as folder:
-        write_formats(Path(folder), args.rows)
-        found = {name: {"megabytes": (Path(folder)/file).stat().st_size/1e6, "descgen": [], "polars": []} for name, file in FORMATS.items()}
-        for _ in range(args.rounds):
-            for name, file in FORMATS.items():
-                for who in ("descgen", "polars"):
-                    found[name][who].append(run_apart(who, str(Path(folder)/file)))
-                    print(name, who, found[name][who][-1], flush=True)
-    text = table(found, args.rows)
-    print(text)
-    readme = HERE/"README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition("<!-- formats -->\n")
-    if args.rounds > 1: readme.write_text(f"{before}<!-- formats -->\n{text}\n<!-- /formats -->{rest.partition('<!-- /formats -->')[2]}", encoding="utf-8")
+        folder = Path(folder)
+        write_formats(folder, args.rows, args.words)
+        megabytes = {name: (folder/file).stat().st_size/1e6 for name, file in FORMATS.items()}
+        found = measure_all(folder, args.rounds)
+    summary = {"rows": args.rows, "formats": summarize(found, megabytes, args.rows)}
+    save_result(args.results, f"formats-{args.rows}", summary, found, args.rounds)
 
-if __name__ == "__main__": main()
+def tables(read):
+    record = read(f"formats-{ROWS}")
+    if not record:
+        return {}
+    s = record["summary"]
+    head = ["format", "size", "descgen", "rows per second", "memory", "polars alone"]
+    rows = []
+    for name, f in s["formats"].items():
+        rows.append([name, f"{f['megabytes']:,.0f} MB", f"{f['descgen']:.1f} s", f"{f['rows_per_second']:,.0f}",
+                     f"{f['memory_gb']:.2f} GB", f"{f['polars']:.1f} s"])
+    about = f"{s['rows']:,} rows, one thread of Python. {circumstances(record, 'polars')}"
+    return {"formats": [about, "", *markdown_table(head, rows)]}

@@ -1,26 +1,52 @@
-"""Models and rows for the measurements: Llama 3.2 1B's exact shape with seeded random weights and the real vocabulary, and the embedded model."""
-import importlib.util, json, random
+"""Make a model's folder: Llama 3.2 1B's shape with random weights, or the embedded model.
+
+    python -m bench gpu-models llama WORK
+
+The random weights are seeded, and the vocabulary is the real one. It is a process of its own because nothing may
+have patched transformers before.
+"""
+import importlib.util
+import random
 from itertools import count
 from pathlib import Path
 
-LLAMA_1B = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
-    max_position_embeddings=131072, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=128000, eos_token_id=[128001, 128008, 128009],
-    rope_parameters=dict(rope_type="llama3", rope_theta=500000., factor=32., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=8192))
-SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16) # for a try without a GPU
-NAMED = {128000: "begin_of_text", 128001: "end_of_text", 128004: "finetune_right_pad_id", 128006: "start_header_id", 128007: "end_header_id",
-    128008: "eom_id", 128009: "eot_id", 128010: "python_tag"}
+from ..measure import print_result, read_jsonl
+from .card import add_model_options
 
-def inside(package): return Path(importlib.util.find_spec(package).submodule_search_locations[0])
+LLAMA_1B = dict(
+    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    bos_token_id=128000, eos_token_id=[128001, 128008, 128009],
+    rope_parameters=dict(rope_type="llama3", rope_theta=500000., factor=32., low_freq_factor=1., high_freq_factor=4.,
+                         original_max_position_embeddings=8192))
+SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=16) # for a try without a GPU
+SPECIAL = {128000: "begin_of_text", 128001: "end_of_text", 128004: "finetune_right_pad_id", 128006: "start_header_id",
+           128007: "end_header_id", 128008: "eom_id", 128009: "eot_id", 128010: "python_tag"}
+
+def add_options(parser):
+    add_model_options(parser)
+
+def package_folder(name):
+    return Path(importlib.util.find_spec(name).submodule_search_locations[0])
+
+def special_tokens():
+    "Llama 3's special tokens in their order"
+    reserved = count()
+    names = [SPECIAL.get(i) or f"reserved_special_token_{next(reserved)}" for i in range(128000, 128256)]
+    return [f"<|{name}|>" for name in names]
 
 def llama_tokenizer():
     "Llama 3.2's tokenizer, from the vocabulary in llama-models and the chat template in TRL"
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
-    reserve = count()
-    special = [f"<|{NAMED.get(i) or f'reserved_special_token_{next(reserve)}'}|>" for i in range(128000, 128256)]
-    words = TikTokenConverter(str(inside("llama_models")/"llama3"/"tokenizer.model"), extra_special_tokens=special).converted()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", add_bos_token=True,
-        pad_token="<|finetune_right_pad_id|>", chat_template=(inside("trl")/"chat_templates"/"llama3_2.jinja").read_text())
+    special = special_tokens()
+    vocabulary = package_folder("llama_models")/"llama3"/"tokenizer.model"
+    template = package_folder("trl")/"chat_templates"/"llama3_2.jinja"
+    converted = TikTokenConverter(str(vocabulary), extra_special_tokens=special).converted()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=converted, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", add_bos_token=True,
+        pad_token="<|finetune_right_pad_id|>", chat_template=template.read_text())
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     return tokenizer
 
@@ -29,29 +55,28 @@ def llama_folder(folder, small=False, seed=42):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     folder = Path(folder)
-    if (folder/"config.json").exists(): return folder
+    if (folder/"config.json").exists():
+        return folder
     torch.manual_seed(seed)
+    config = LlamaConfig(**LLAMA_1B | (SMALL if small else {}), pad_token_id=128004)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(LlamaConfig(**LLAMA_1B | (SMALL if small else {}), pad_token_id=128004)).to(torch.bfloat16)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder)
     llama_tokenizer().save_pretrained(folder)
     return folder
 
 def model_folder(name, work, small=False):
     "Where a model is: `llama` or `embedded`"
-    if name == "llama": return llama_folder(Path(work)/f"llama{'-small' if small else ''}", small)
+    if name == "llama":
+        return llama_folder(Path(work)/f"llama{'-small' if small else ''}", small)
     from descgen.model import embedded_model, tiny_model
     return Path(tiny_model(Path(work)/"embedded-small") if small else embedded_model(work))
 
 def read_rows(path, seed=42):
     "Titles and contents of a JSON Lines file, shuffled"
-    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
-    rows = [{k: r[k] for k in ("title", "content")} for r in rows if r.get("content")]
+    rows = [{k: r[k] for k in ("title", "content")} for r in read_jsonl(path) if r.get("content")]
     random.Random(seed).shuffle(rows)
     return rows
 
-if __name__ == "__main__": # python bench/gpu/models.py NAME WORK [small]: make a folder before anything patches transformers
-    import sys
-    sys.path.append(str(Path(__file__).parents[2]))
-    from measure import keep
-    print(keep(f"models-{sys.argv[1]}", {"folder": str(model_folder(*sys.argv[1:]))}))
+def run(args):
+    print_result({"folder": str(model_folder(args.model, args.work, args.small))})

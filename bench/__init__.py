@@ -1,0 +1,1 @@
+"""Measurements of descgen: `python -m bench` lists them."""

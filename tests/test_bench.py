@@ -1,0 +1,81 @@
+"""The measurements of `bench` start, and the page shows their results."""
+import re
+import subprocess
+import sys
+
+import pytest
+
+from bench.__main__ import SUBJECTS, list_subjects, load_subject, make_parser
+from bench.data import TRAINING
+from bench.measure import NOTEBOOK, RESULTS, interleaved, medians, read_result, save_result
+from bench.tables import README, all_tables, render
+from conftest import ROOT
+
+def test_every_subject_is_listed_with_one_line():
+    lines = list_subjects().splitlines()
+    for name in SUBJECTS:
+        assert [line for line in lines if re.match(rf"  {name} +\w|  {name} +`", line)], name
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_subject_imports_and_explains_its_options(name, capsys):
+    assert callable(load_subject(name).run)
+    with pytest.raises(SystemExit) as end:
+        make_parser(name).parse_args(["--help"])
+    assert end.value.code == 0
+    assert "--results" in capsys.readouterr().out
+
+def test_every_file_of_bench_is_a_subject_or_is_used():
+    paths = [p.relative_to(ROOT/"bench").with_suffix("") for p in (ROOT/"bench").rglob("*.py")]
+    modules = {p.as_posix().replace("/", ".") for p in paths}
+    helpers = {"__init__", "__main__", "gpu.__init__", "measure", "markdown", "gpu.card"}
+    assert modules - helpers == set(SUBJECTS.values())
+
+def test_command_lists_and_refuses_unknown_names():
+    done = subprocess.run([sys.executable, "-m", "bench"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "gpu-speed" in done.stdout
+    wrong = subprocess.run([sys.executable, "-m", "bench", "sped"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode and "sped" in wrong.stderr and "gpu-speed" in wrong.stderr
+
+def test_start_needs_no_heavy_library():
+    code = ("import sys; from bench.__main__ import list_subjects; list_subjects(); "
+            "print({'torch', 'polars', 'unsloth'} & {*sys.modules})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+def test_page_shows_the_results():
+    page, tables = README.read_text(encoding="utf-8"), all_tables(RESULTS)
+    assert render(page, tables) == page, "bench/README.md is not up to date: python -m bench tables"
+    assert set(re.findall(r"<!-- /(.*?) -->", page)) == set(tables)
+
+def test_every_result_is_shown():
+    read = set()
+    def noting(name):
+        read.add(name)
+        return read_result(RESULTS, name)
+    for name in SUBJECTS:
+        getattr(load_subject(name), "tables", lambda read: None)(noting)
+    assert {p.stem for p in RESULTS.glob("*.json")} - read == set()
+
+def test_render_needs_each_marker_once():
+    assert render("<!-- a -->\nold\n<!-- /a -->", {"a": "new"}) == "<!-- a -->\nnew\n<!-- /a -->"
+    with pytest.raises(SystemExit, match="found 0 times"):
+        render("nothing", {"a": "new"})
+
+def test_the_notebook_can_be_stopped_at_its_first_step():
+    assert NOTEBOOK.read_text(encoding="utf-8").count(TRAINING) == 1
+
+def test_ways_take_turns():
+    order = []
+    def way(name, value):
+        return lambda: order.append(name) or value
+    rounds = interleaved({"a": way("a", 1), "b": way("b", 3)}, 2, alternate=True)
+    assert order == ["a", "b", "b", "a"]
+    assert medians(rounds) == {"a": 1, "b": 3}
+
+def test_a_result_tells_how_it_was_measured(tmp_path):
+    save_result(tmp_path, "x-small", {"seconds": 2.0}, [{"seconds": 1.0}, {"seconds": 3.0}], rounds=2)
+    record = read_result(tmp_path, "x-small")
+    assert record["summary"] == {"seconds": 2.0} and len(record["raw"]) == record["rounds"] == 2
+    assert {"processor", "cores", "gpu", "memory_gb"} <= set(record["machine"])
+    assert "python" in record["versions"] and record["command"].startswith("python -m bench") and record["date"]
+    assert read_result(tmp_path, "other") is None
