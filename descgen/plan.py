@@ -111,6 +111,7 @@ def _layer_bytes(config, recipe):
     feed_forward = (2 if has_cuda() else 4)*intermediate
     return _activation_width(recipe)*(9*hidden + feed_forward + attention) + dropout_masks
 
+# %% ../nbs/42_plan.ipynb #0ce6cd3c
 def _logit_bytes(config, recipe, tokens):
     "Bytes of the logits of a batch"
     if has_cuda(): return 16*min(tokens*config.vocab_size, 1 << 24) # a GPU computes them in chunks
