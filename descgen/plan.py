@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Plan', 'effective_batch', 'total_packs', 'parameter_counts', 'estimate_memory', 'free_memory', 'peak_memory',
-           'probe_speed', 'make_plan', 'duration_text', 'plan_remarks']
+           'probe_speed', 'make_plan', 'duration_text', 'plan_remarks', 'plan_text', 'memory_text']
 
 # %% ../nbs/42_plan.ipynb #44b3d2f2
 import math, sys, time
@@ -228,7 +228,6 @@ def duration_text(
 # %% ../nbs/42_plan.ipynb #9ae86188
 def plan_remarks(
     plan:Plan, # from `make_plan`
-    recipe:Recipe, # resolved
 )->list[str]: # sentences; empty for an ordinary plan
     "Warnings about a plan: so many epochs that the rows are memorised, or hours of training on a CPU"
     remarks = []
@@ -240,3 +239,20 @@ def plan_remarks(
         remarks.append(f"Training takes {duration_text(plan.training_minutes)} on this CPU. Use `-f recipes/cpu.yaml`, "
                        "the recipe for a CPU, or a lower max_steps. A GPU is many times faster.")
     return remarks
+
+# %% ../nbs/42_plan.ipynb #8e1f8930
+def plan_text(
+    plan:Plan, # with `evaluation_minutes` and `total_minutes`
+)->str:
+    "The size of a run and its estimated time, in two sentences"
+    return (f"{plan.steps} steps over {plan.tokens:,} tokens. "
+            f"The whole run takes {duration_text(plan.total_minutes)} on this machine: training "
+            f"{duration_text(plan.training_minutes)}, evaluation {duration_text(plan.evaluation_minutes)}.")
+
+def memory_text(
+    needed:float, # GB, from `estimate_memory`
+    free:float, # GB, from `free_memory`
+)->str:
+    "Needed and free memory, with advice if it is too little"
+    text = f"Training needs about {needed:.1f} GB of memory; {free:.1f} GB are free."
+    return text if needed <= free else f"{text} This may not fit: lower per_device_train_batch_size."
