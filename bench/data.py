@@ -25,7 +25,7 @@ from .measure import (NOTEBOOK, SCRATCH, interleaved, peak_memory_gb, print_resu
                       save_result)
 
 RECIPE = dict(min_chars=20, max_chars=20_000) # of all ways
-BAD_LINES = 1000
+BAD_LINES = 1000 # or a hundredth of the lines: a file with many more counts as one in another encoding
 NOT_COUNTED = ("load_model", "completion_loss") # cells that load the model or judge the base model
 PAIRS = 4 # of limit and descgen, with nothing else running
 
@@ -161,10 +161,10 @@ def execute_until_first_step(cells, given):
     return took
 
 def spoil(path, spoiled):
-    "Copy a catalogue with a thousand bad lines in place of others; their line numbers"
+    "Copy a catalogue with bad lines in place of others; their line numbers"
     with open(path, "rb") as f:
         n = sum(1 for _ in f)
-    at = set(random.Random(42).sample(range(1, n + 1), min(BAD_LINES, n)))
+    at = set(random.Random(42).sample(range(1, n + 1), min(BAD_LINES, n//100)))
     kinds = [b"{", b"[1]", b'{"title": "x"}', b'{"title": 5, "content": "y"}', b'{"title": "\xff", "content": "y"}']
     with open(path, "rb") as f, open(spoiled, "wb") as out:
         for i, line in enumerate(f, 1):
