@@ -32,6 +32,7 @@ def add_options(parser):
     parser.add_argument("--test-size", type=float, default=0.08)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch", type=int, default=4, help="packs of 512 tokens per step")
+    parser.add_argument("--new-tokens", type=int, default=128, help="tokens of each text at most")
     parser.add_argument("--most-tests", type=int, default=150, help="test titles at most")
 
 def make_recipe(args, path, way, seed):
@@ -46,11 +47,11 @@ def make_recipe(args, path, way, seed):
         "output_dir": tempfile.mkdtemp(), "sources": args.sources, "source_chars": args.chars, **WAYS.get(way, {})}
     return resolve(check_recipe(values)), seed
 
-def write_texts(model, tokenizer, rows, parts):
+def write_texts(model, tokenizer, rows, parts, new_tokens):
     "A greedy text for each row"
     from descgen.inference import Sampling, describe
     found = [row.get("sources", []) for row in rows]
-    return describe(model, tokenizer, [row["title"] for row in rows], parts, Sampling(128, greedy=True, batch_size=75),
+    return describe(model, tokenizer, [row["title"] for row in rows], parts, Sampling(new_tokens, greedy=True, batch_size=75),
                     found, progress=False)
 
 def train_and_write(args, path, way, seed):
@@ -70,10 +71,10 @@ def train_and_write(args, path, way, seed):
     packs = Packs(data.train, tokenizer, parts, 512, "completion", seed=seed, grounding=grounding)
     rows = data.test.select(range(min(args.most_tests, len(data.test)))).to_list()
     rows = grounding.test_rows(rows) if grounding else rows
-    base = write_texts(model, tokenizer, rows, parts) if seed == args.seeds[0] else None
+    base = write_texts(model, tokenizer, rows, parts, args.new_tokens) if seed == args.seeds[0] else None
     history = train(model, tokenizer, packs, recipe)
     print(f"{way}, seed {seed}: {history[-1].get('train_runtime', 0):.0f} s of training", file=sys.stderr, flush=True)
-    return {"rows": rows, "base": base, "texts": write_texts(model, tokenizer, rows, parts)}
+    return {"rows": rows, "base": base, "texts": write_texts(model, tokenizer, rows, parts, args.new_tokens)}
 
 def figures(text, language):
     "Figures, numbers and models"
