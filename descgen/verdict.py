@@ -8,7 +8,8 @@ __all__ = ['MIN_TEST_ROWS', 'outcome', 'format_number', 'format_signed', 'withou
 
 # %% ../nbs/63_verdict.ipynb #af424aac
 from .evaluation import Evaluation
-from .metrics import BASE, METRICS, NEAREST, SYSTEMS, TUNED, label_of, required_sample_size
+from .metrics import BASE, BASE_SOURCES, CLAIM_METRICS, METRICS, NEAREST, SYSTEMS, TUNED, VERIFIED
+from .metrics import label_of, required_sample_size
 
 # %% ../nbs/63_verdict.ipynb #748409a3
 MIN_TEST_ROWS = 10 # with fewer test rows no system is called better or worse
@@ -50,6 +51,8 @@ _SKILLS = {"loss": "at predicting the catalogue's descriptions (test loss)",
 _JUDGEMENTS = {"better": "is better than", "worse": "is worse than",
                "inconclusive": "cannot be told apart from", "unknown": "could not be compared with"}
 
+_WORDS = {"better": "better", "worse": "worse", "other": "different", "inconclusive": "cannot be told apart"}
+
 def _judge(part, other, metric):
     "`outcome` of the fine-tuned model against another system; \"unknown\" if there is no difference to judge"
     difference = part["differences"].get(other, {}).get(metric)
@@ -75,6 +78,18 @@ _AGAINST_COPY = {
     "worse": f"It does not beat {_COPY}: the copies are closer to the catalogue's texts (chrF).",
     "inconclusive": f"It is not shown to beat {_COPY}: the two cannot be told apart (chrF).",
     "unknown": "It was not compared with copying a training description: there was none to copy."}
+_SAME = "the base model with the same sources"
+_AGAINST_BOTH = { # beats copying, beats the base model with sources
+    (True, True): f"It beats {_COPY}, and {_SAME} (chrF).",
+    (True, False): f"It beats {_COPY}, but is not shown to beat {_SAME} (chrF).",
+    (False, True): f"It beats {_SAME}, but is not shown to beat {_COPY} (chrF).",
+    (False, False): f"Sources did not help: it is shown to beat neither {_COPY} nor {_SAME} (chrF)."}
+
+def _compare_with_copy(part):
+    "Whether the fine-tuned model is better than copying, and than the base model with the same sources"
+    copy, same = (_judge(part, other, "chrF") for other in (NEAREST, BASE_SOURCES))
+    if "unknown" in (copy, same): return _AGAINST_COPY[copy]
+    return _AGAINST_BOTH[copy == "better", same == "better"]
 
 # %% ../nbs/63_verdict.ipynb #1c9fcd61
 def _percent(share):
@@ -84,16 +99,42 @@ def _percent(share):
     return f"{share:.0f} %"
 
 # %% ../nbs/63_verdict.ipynb #c313c952
-_THAN_BASE = {"better": ", a smaller share than the base model's", "worse": ", a larger share than the base model's",
-              "inconclusive": ", a share that cannot be told apart from the base model's", "unknown": ""}
+_MEANINGS = {"false_claims": "false (not in the catalogue)", "unsupported_claims": "unsupported (in no source)"}
+_RIVALS = {"false_claims": {BASE: "the base model", NEAREST: "copying"},
+           "unsupported_claims": {BASE: "the base model"}} # a copied description is itself a source
 
-def _describe_unsupported(part):
-    "The share of unsupported claims of the fine-tuned model"
-    share = part["values"][TUNED].get("unsupported_claims", {}).get("value")
-    if share is None: return "It states no numbers, sizes, models or brands, so there are no claims to check."
-    what = f"{_percent(share)} are unsupported (neither in the title nor in similar training rows)"
-    than = _THAN_BASE[_judge(part, BASE, "unsupported_claims")]
-    return f"Of the numbers, sizes, models and brands it states, {what}{than}."
+def _claims_of(part):
+    "The system whose claims the verdict reports, and its differences from the others"
+    if VERIFIED in part["values"]: return VERIFIED, part["verified"]
+    return TUNED, part["differences"]
+
+def _value(part, name, metric): return part["values"].get(name, {}).get(metric, {}).get("value")
+
+def _compare_share(metric, part):
+    "A share of claims beside those of the other systems; None if there are no such claims"
+    name, differences = _claims_of(part)
+    share, others = _value(part, name, metric), []
+    if share is None: return None
+    for other, label in _RIVALS[metric].items():
+        result = _judge(part | {"differences": differences}, other, metric)
+        if result == "unknown": continue
+        others.append(f"{_percent(_value(part, other, metric))} for {label} ({_WORDS[result]})")
+    against = f", against {' and '.join(others)}" if others else ""
+    return f"{_percent(share)} are {_MEANINGS[metric]}{against}"
+
+# %% ../nbs/63_verdict.ipynb #c5445c25
+def _measures_claims(part):
+    "Whether claims were measured: not if the catalogue's language is not covered"
+    return any(metric in values for values in part["values"].values() for metric in CLAIM_METRICS)
+
+def _describe_claims(part):
+    "The shares of false and unsupported claims"
+    if not _measures_claims(part): return "Claims were not measured: the catalogue's language is not covered."
+    whose = "its verified texts" if _claims_of(part)[0] == VERIFIED else "its texts"
+    shares = [_compare_share(metric, part) for metric in _MEANINGS]
+    stated = [share for share in shares if share]
+    if not stated: return f"There are no claims to check: {whose} state no figures, numbers, models or names."
+    return f"Of the claims in {whose}, {'; '.join(stated)}."
 
 # %% ../nbs/63_verdict.ipynb #e51d0128
 def _suggest_more_rows(file):
@@ -119,19 +160,15 @@ def summary(
     part = without_leaks(evaluation)
     if part is None: return _NO_ROWS
     if part["rows"] < MIN_TEST_ROWS: return _explain_too_few(evaluation, part["rows"])
-    copy = _AGAINST_COPY[_judge(part, NEAREST, "chrF")]
-    return " ".join([_compare_with_base(part), copy, _describe_unsupported(part)])
+    return " ".join([_compare_with_base(part), _compare_with_copy(part), _describe_claims(part)])
 
 # %% ../nbs/63_verdict.ipynb #200a734d
-_WORDS = {"better": "better", "worse": "worse", "other": "different", "inconclusive": "cannot be told apart"}
-
-def _format_comparison(metric, part, other):
-    "Compare the fine-tuned model with another system in one metric"
+def _format_comparison(metric, part, own, other, d):
+    "Compare a system with another one in one metric; `d` is their difference"
     values = []
-    for name in (SYSTEMS[other].tuned, other):
+    for name in (own, other):
         values.append(f"{format_number(part['values'][name][metric]['value'])} ({label_of(name)})")
-    line = f"{label_of(metric)}: {' against '.join(values)}"
-    d, rows = part["differences"][other][metric], part["rows"]
+    line, rows = f"{label_of(metric)}: {' against '.join(values)}", part["rows"]
     if d["low"] is None: return f"{line}; the difference is not a number"
     difference, low, high = (format_signed(d[key]) for key in ("difference", "low", "high"))
     line += f"; difference {difference}, 95 % confidence interval from {low} to {high}"
@@ -141,6 +178,14 @@ def _format_comparison(metric, part, other):
     return f"{line}, which includes zero: {_WORDS[result]}{more}"
 
 # %% ../nbs/63_verdict.ipynb #d0716399
+def _verified_comparisons(part):
+    "Compare the claims of the verified texts with those of the base model and of the nearest description"
+    found, lines = part.get("verified", {}), []
+    for metric, others in _RIVALS.items():
+        measured = [other for other in others if metric in found.get(other, {})]
+        lines += [_format_comparison(metric, part, VERIFIED, other, found[other][metric]) for other in measured]
+    return lines
+
 def comparisons(
     evaluation:Evaluation,
 )->list[str]: # lines; none if there are too few test rows to judge
@@ -150,7 +195,9 @@ def comparisons(
     lines = []
     for other, system in SYSTEMS.items():
         measured = part["differences"].get(other, {})
-        lines += [_format_comparison(m, part, other) for m in system.compared if m in measured]
+        for metric in system.compared:
+            if metric in measured: lines.append(_format_comparison(metric, part, system.tuned, other, measured[metric]))
+    lines += _verified_comparisons(part)
     memorised = part["values"][TUNED].get("memorised", {}).get("value")
     if memorised is None: return lines
     what = "% of the fine-tuned model's texts repeat eight or more words in a row from a training description"
