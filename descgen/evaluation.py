@@ -113,7 +113,7 @@ def _all_places(texts, titles, grounds):
 def _verified_texts(texts, titles, grounds):
     "The texts without the sentences that have an unsupported claim"
     from descgen.verified import Checks, verify
-    checks = Checks(language=grounds.language, common=grounds.common)
+    checks = Checks(language=grounds.language, common=frozenset(grounds.common))
     return [verify(*own, checks).text for own in zip(texts, titles, grounds.sources)]
 
 # %% ../nbs/62_evaluation.ipynb #a13eaf3b
@@ -300,7 +300,7 @@ def _find_nearest(titles, train):
     if not train: return [[] for _ in titles]
     return nearest_titles(titles, [r["title"] for r in train])
 
-def _names(sources):
+def _without_contents(sources):
     "The sources without their contents"
     return [[{"uid": source.get("uid"), "title": source["title"]} for source in own] for own in sources]
 
@@ -334,7 +334,7 @@ def evaluate(
         {name: _as_lists(columns[name]) for name in (BASE, TUNED, VERIFIED) if name in columns},
         _by_subset(columns, [i in leaked for i in numbers], recipe.seed),
         leaked=len(leaked & set(numbers)), left_out=len(rows) - len(usable),
-        sources=_names(grounds.sources), claims=_all_places(texts, titles, grounds))
+        sources=_without_contents(grounds.sources), claims=_all_places(texts, titles, grounds))
 
 # %% ../nbs/62_evaluation.ipynb #0fe9ebbe
 def _time_call(function, *args, **kw):

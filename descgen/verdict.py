@@ -101,7 +101,7 @@ def _percent(share):
 # %% ../nbs/63_verdict.ipynb #c313c952
 _MEANINGS = {"false_claims": "false (not in the catalogue)", "unsupported_claims": "unsupported (in no source)"}
 _RIVALS = {"false_claims": {BASE: "the base model", NEAREST: "copying"},
-           "unsupported_claims": {BASE: "the base model"}} # a copied description is itself a source
+           "unsupported_claims": {BASE: "the base model"}} # a copied description mostly stands in the sources
 
 def _claims_of(part):
     "The system whose claims the verdict reports, and its differences from the others"
