@@ -7,6 +7,7 @@
 The ways take turns. Each is a process of its own with a cache of its own. Seconds are those of the work, after
 the imports; memory is the peak of the process, mapped files included.
 """
+import ast
 import json
 import os
 import random
@@ -14,7 +15,9 @@ import shutil
 import statistics
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
 from .catalogue import ROWS, add_words_option, make_catalogue
 from .markdown import circumstances, markdown_table
@@ -22,9 +25,8 @@ from .measure import (NOTEBOOK, SCRATCH, interleaved, peak_memory_gb, print_resu
                       save_result)
 
 RECIPE = dict(min_chars=20, max_chars=20_000) # of all ways
-BAD_LINES = 1000
-TRAINING = "test_examples, resume_from)" # the end of the notebook's call of `train`
-STOPPED = "test_examples, resume_from, [Stop()])"
+BAD_LINES = 1000 # or a hundredth of the lines: a file with many more counts as one in another encoding
+NOT_COUNTED = ("load_model", "completion_loss") # cells that load the model or judge the base model
 PAIRS = 4 # of limit and descgen, with nothing else running
 
 def add_options(parser):
@@ -63,12 +65,13 @@ def usual(path, cache):
 def descgen(path, cache, near_up_to=0):
     "load_data with cleaning and a search for exact duplicates, its default for two million rows"
     from datasets import disable_progress_bars
-    from descgen.dataset import load_data
+    from descgen.dataset import DataSettings, load_data
     disable_progress_bars()
+    settings = DataSettings(near_up_to=near_up_to, **RECIPE)
     start = time.perf_counter()
-    data = load_data(path, cache=cache, near_up_to=near_up_to, **RECIPE)
+    data = load_data(path, settings, cache)
     return {"seconds": time.perf_counter() - start, "rows": len(data.train) + len(data.test),
-            "funnel": data.funnel, "changed": data.changed}
+            "funnel": data.funnel.labelled(), "changed": data.changed}
 
 def near(path, cache):
     "The same with a search for near-duplicates"
@@ -103,53 +106,65 @@ def chat_text(tokenizer, title, content):
 
 def descgen_start(path, cache):
     "The main notebook with its defaults and a tiny model, cell by cell, until the first step"
-    import matplotlib.pyplot, nbformat, pandas, py3langid.langid, trl, unsloth # before the clock starts
+    import matplotlib.pyplot, pandas, py3langid.langid, trl, unsloth # before the clock starts
+    from descgen.manifest import read_manifest
     from descgen.model import tiny_model
     os.environ["XDG_CACHE_HOME"] = cache # of prepared data
     work = tempfile.mkdtemp()
     given = {"data_path": str(path), "model_id": tiny_model(work), "output_dir": f"{work}/run"}
-    cells = [c for c in nbformat.read(NOTEBOOK, 4).cells if c.cell_type == "code"]
     try:
-        took, data = execute_until_first_step(cells, given)
+        took = execute_until_first_step(cells_to_first_step(), given)
+        rows = read_manifest(given["output_dir"]).plan["rows"]
     finally:
         shutil.rmtree(work)
-    return {"seconds": sum(took.values()), "cells": took, "rows": len(data.train)}
+    return {"seconds": sum(took.values()), "cells": took, "rows": rows}
 
-def execute_until_first_step(cells, given):
-    "Seconds of each cell that counts, and the data; loading the model and judging the base model do not count"
-    from transformers import TrainerCallback
-    if not any(TRAINING in cell.source for cell in cells):
-        raise RuntimeError(f"The notebook has no {TRAINING!r}, after which the training can be stopped.")
-    class FirstStepReached(Exception):
-        "Ends the training"
+def calls(source, name):
+    "Whether a cell calls a function or a method of this name"
+    found = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return any(name == getattr(f, "id", getattr(f, "attr", None)) for f in found)
+
+def cells_to_first_step():
+    "The notebook's code cells up to the one that calls `train`, without the one for Colab"
+    import nbformat
+    cells = [c for c in nbformat.read(NOTEBOOK, 4).cells if c.cell_type == "code" and "google.colab" not in c.source]
+    for i, cell in enumerate(cells):
+        if calls(cell.source, "train"):
+            return cells[:i + 1]
+    raise RuntimeError("No cell of the notebook calls `train`.")
+
+class FirstStepReached(Exception):
+    "Ends a training"
+
+def stop_first_step():
+    "A context in which every trainer stops at its first step"
+    from transformers import TrainerCallback, trainer
     class Stop(TrainerCallback):
         def on_step_begin(self, *args, **kw):
             raise FirstStepReached
-    session, took = {"__name__": "__main__", "Stop": Stop}, {}
+    return patch.object(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, Stop])
+
+def execute_until_first_step(cells, given):
+    "Seconds of each cell that counts; the last cell trains"
+    session, took = {"__name__": "__main__"}, {}
     for cell in cells:
-        if "google.colab" in cell.source:
-            continue
         start = time.perf_counter()
-        source = cell.source.replace(TRAINING, STOPPED)
-        try:
-            exec(source, session)
-            stopped = False
-        except FirstStepReached:
-            stopped = True
+        with stop_first_step(), suppress(FirstStepReached):
+            exec(cell.source, session)
+            if cell is cells[-1]:
+                raise RuntimeError("The training ended before its first step.")
         spent = time.perf_counter() - start
         if "parameters" in cell.metadata.get("tags", []):
             session |= given
-        elif "load_model(" not in source and "loss_before" not in source:
-            took[source.strip().split("\n")[-1][:60]] = spent
-        if stopped:
-            return took, session["data"]
-    raise RuntimeError("The notebook ended before the first training step.")
+        elif not any(calls(cell.source, name) for name in NOT_COUNTED):
+            took[cell.source.strip().split("\n")[-1][:60]] = spent
+    return took
 
 def spoil(path, spoiled):
-    "Copy a catalogue with a thousand bad lines in place of others; their line numbers"
+    "Copy a catalogue with bad lines in place of others; their line numbers"
     with open(path, "rb") as f:
         n = sum(1 for _ in f)
-    at = set(random.Random(42).sample(range(1, n + 1), min(BAD_LINES, n)))
+    at = set(random.Random(42).sample(range(1, n + 1), min(BAD_LINES, n//100)))
     kinds = [b"{", b"[1]", b'{"title": "x"}', b'{"title": 5, "content": "y"}', b'{"title": "\xff", "content": "y"}']
     with open(path, "rb") as f, open(spoiled, "wb") as out:
         for i, line in enumerate(f, 1):
@@ -158,11 +173,11 @@ def spoil(path, spoiled):
 
 def bad_lines(path, cache):
     "A thousand bad lines: are exactly these rejected?"
-    from descgen.dataset import load_data
+    from descgen.dataset import DataSettings, load_data
     spoiled = Path(cache)/"spoiled.json"
     at = spoil(path, spoiled)
     start = time.perf_counter()
-    data = load_data(spoiled, cache=cache, **RECIPE)
+    data = load_data(spoiled, DataSettings(**RECIPE), cache)
     spent = time.perf_counter() - start
     found = {r["line"] for r in read_jsonl(data.rejected)}
     return {"seconds": spent, "rows": len(data.train) + len(data.test), "right": found == at, "found": len(found)}

@@ -32,7 +32,7 @@ def copy_runs(run, root, n):
     "Runs with the manifest of a real one and another rank each; the first and the last have all its files"
     from descgen.files import write_manifest
     from descgen.manifest import read_manifest
-    manifest = {k: v for k, v in read_manifest(run).items() if k != "id"}
+    manifest = read_manifest(run).model_dump(by_alias=True, exclude_none=True)
     for i in range(n):
         folder = root/f"20261125T{i:06d}Z-copy-{i:08x}"
         if i in (0, n - 1):
@@ -76,7 +76,7 @@ def run(args):
         commands, pairs = time_commands(args, folder), time_pairs(args, folder)
     finally:
         shutil.rmtree(folder)
-    run_seconds = read_manifest(args.run.resolve())["minutes"]*60
+    run_seconds = read_manifest(args.run.resolve()).minutes*60
     summary = {"commands": medians(commands), "pairs": summarize_pairs(pairs, run_seconds) if pairs else None}
     save_result(args.results, "runs", summary, {"commands": commands, "pairs": pairs}, args.rounds)
 

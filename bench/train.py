@@ -143,10 +143,10 @@ def train_with_descgen(work, recipe):
     from descgen.recipe import compute_dtype
     from descgen.train import train
     model, tokenizer = load_model(recipe.model_id, dtype=compute_dtype(recipe))
-    model = add_lora(model, recipe.r, recipe.lora_alpha, recipe.lora_dropout, recipe.target_modules,
-                     recipe.gradient_checkpointing, recipe.seed, recipe.use_rslora)
+    model = add_lora(model, recipe)
     rows = Dataset.from_list(read_jsonl(work/"train.jsonl"))
-    packs = Packs(rows, tokenizer, template_parts(tokenizer), recipe.max_length, recipe.loss_on, recipe.packing)
+    packs = Packs(rows, tokenizer, template_parts(tokenizer), recipe.max_length, recipe.loss_on,
+                  packing=recipe.packing)
     n, clock = packs.per_epoch(), step_clock()
     once = recipe.model_copy(update={"max_steps": -1, "num_train_epochs": 1.0})
     train(model, tokenizer, packs, once, callbacks=[clock])
@@ -204,10 +204,10 @@ def judge(work):
     from safetensors.torch import load_file
     from descgen.formatting import encode_rows, template_parts
     from descgen.losses import completion_loss
-    from descgen.model import EMBEDDED, add_lora, load_model
+    from descgen.model import EMBEDDED, LoraSettings, add_lora, load_model
     recipe = resolve_recipe(work, bf16=False)
     model, tokenizer = load_model(EMBEDDED, dtype="float32")
-    model = add_lora(model, gradient_checkpointing=False)
+    model = add_lora(model, LoraSettings(gradient_checkpointing=False))
     rows = read_jsonl(work/"test.jsonl")
     examples, _ = encode_rows(rows, tokenizer, template_parts(tokenizer), LENGTH, "completion")
     found = {"before": completion_loss(model, examples, recipe)}

@@ -60,21 +60,23 @@ def text_ways(args):
     "The same titles written by both"
     import torch
     from descgen.formatting import prompt_ids, template_parts
-    from descgen.inference import _left_pad, complete
-    from descgen.model import EMBEDDED, add_lora, load_model
+    from descgen.inference import Sampling, _left_pad, complete
+    from descgen.model import EMBEDDED, LoraSettings, add_lora, load_model
     model, tokenizer = load_model(EMBEDDED)
-    model, peer, parts = add_lora(model, lora_dropout=0), load_peer(), template_parts(tokenizer)
+    model, peer = add_lora(model, LoraSettings(lora_dropout=0)), load_peer()
     for each in (model, peer):
         each.generation_config.suppress_tokens = [tokenizer.eos_token_id]
     titles = [row["title"] for row in read_jsonl(args.rows)[:args.titles]]
+    parts = template_parts(tokenizer)
     prompts = [prompt_ids(title, tokenizer, parts) for title in titles]
     batch = _left_pad(prompts, tokenizer, "cpu")
     def generate():
         with torch.no_grad():
             peer.generate(**batch, do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=args.new_tokens,
                           pad_token_id=tokenizer.pad_token_id)
+    sampling = Sampling(args.new_tokens, batch_size=args.titles)
     def describe():
-        complete(model, tokenizer, prompts, max_new_tokens=args.new_tokens, batch_size=args.titles, progress=False)
+        complete(model, tokenizer, prompts, sampling, progress=False)
     return {"peer": generate, "descgen": describe}
 
 def time_ways(ways, rounds):

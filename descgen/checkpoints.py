@@ -15,7 +15,7 @@ from descgen.files import (flush_to_disk, load_manifest, short_path, update_mani
     write_text)
 from .formatting import INSTRUCTION
 from .model import EMBEDDED, LLAMA, adapter_hash, has_cuda
-from .recipe import Recipe
+from .recipe import Recipe, without_unused
 
 # %% ../nbs/43_checkpoints.ipynb #3f32bf24
 from . import __version__
@@ -37,7 +37,7 @@ def run_fingerprint(
     ignored = _NOT_IN_FINGERPRINT - (_MEASUREMENT_PARAMETERS if chosen_by_loss else set())
     start = {"adapter at the start": adapter_hash(recipe.adapter_path)} if recipe.adapter_path else {}
     versions = {f"version of {p}": version(p) for p in packages}
-    parameters = {**recipe.model_dump(exclude=ignored), **start, "model_id": short_path(recipe.model_id)}
+    parameters = {**without_unused(recipe.model_dump(exclude=ignored)), **start, "model_id": short_path(recipe.model_id)}
     return {**parameters, "file_key": file_key, **versions}
 
 # %% ../nbs/43_checkpoints.ipynb #fc99a71c
@@ -157,7 +157,15 @@ def _replace_folder(new, final):
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/43_checkpoints.ipynb #88b10d90
-def _write_adapter(model, tokenizer, folder, model_id, dtype):
+def _write_settings(folder, dtype, grounding):
+    "Write what `load_adapter` needs, and copy the index of sources"
+    settings = {"dtype": dtype} if dtype else {}
+    if grounding and grounding.sources:
+        settings["sources"] = grounding.n_sources
+        shutil.copytree(grounding.sources.folder, folder/"sources")
+    if settings: write_text(folder/"descgen.json", json.dumps(settings) + "\n")
+
+def _write_adapter(model, tokenizer, folder, model_id, dtype, grounding):
     "Write all files of an adapter, and flush them to the disk"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -165,7 +173,7 @@ def _write_adapter(model, tokenizer, folder, model_id, dtype):
     config["base_model_name_or_path"] = model_id
     write_text(folder/"adapter_config.json", json.dumps(config, indent=2) + "\n")
     write_text(folder/"README.md", _model_card(model_id))
-    if dtype: write_text(folder/"descgen.json", json.dumps({"dtype": dtype}) + "\n")
+    _write_settings(folder, dtype, grounding)
     for path in folder.rglob("*"):
         if path.is_file(): flush_to_disk(path)
 
@@ -176,13 +184,14 @@ def save_adapter(
     folder:str|Path, # where to save the adapter
     model_id:str, # the name of the base model, from which `load_adapter` loads it
     dtype:str|None=None, # precision of the training, from `compute_dtype`, for `load_adapter`; None: not stored
+    grounding=None, # from `prepare_grounding`: its index of sources is copied
 )->Path: # the same folder
     "Save adapter, tokenizer, chat template and model card, completely or not at all"
     folder = Path(folder)
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     try:
-        _write_adapter(model, tokenizer, new, model_id, dtype)
+        _write_adapter(model, tokenizer, new, model_id, dtype, grounding)
         _replace_folder(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)

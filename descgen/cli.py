@@ -189,7 +189,7 @@ def _check_parameters(values, notebook):
     from descgen.files import sha256_file
     from descgen.secrets import refuse_secrets
     from descgen.model import adapter_hash
-    from descgen.recipe import check_recipe, read_defaults
+    from descgen.recipe import check_recipe, read_defaults, without_unused
     refuse_secrets(values)
     recipe = check_recipe(read_defaults(notebook) | values)
     given = recipe.model_dump(exclude={"output_dir", "overwrite"})
@@ -197,7 +197,7 @@ def _check_parameters(values, notebook):
     if recipe.adapter_path:
         hashes["adapter_sha256"] = adapter_hash(recipe.adapter_path)
     no_influence = ("data_path", "adapter_path", "report_to") # the hashes stand for the first two
-    return given, {name: value for name, value in given.items() if name not in no_influence} | hashes
+    return given, {name: value for name, value in without_unused(given).items() if name not in no_influence} | hashes
 
 # %% ../nbs/90_cli.ipynb #ca204d4e
 def _resume_command(folder, root, notebook):

@@ -271,6 +271,7 @@ class Funnel:
     train:int=0 # training rows
     test:int=0 # test rows
     over_max_length:int=0 # training and test rows whose prompt is too long for `max_length`
+    unsupported:int=0 # training rows of which title and sources support too little
 
     def labelled(self):
         "Display label → count: lines read, the reasons that occur, training and test rows"
@@ -287,7 +288,8 @@ FUNNEL_LABELS = {
     "near_duplicate_title": "near-duplicates of another title",
     "duplicate_content": "duplicates of another content",
     "near_duplicate_content": "near-duplicates of another content",
-    "train": "training rows", "test": "test rows", "over_max_length": "prompt too long for max_length"}
+    "train": "training rows", "test": "test rows", "over_max_length": "prompt too long for max_length",
+    "unsupported": "too little supported by title and sources"}
 
 # %% ../nbs/14_dataset.ipynb #c018
 def _remove_rows(left, mask, lost, reason):

@@ -138,14 +138,15 @@ def _link_latest(folder):
         temporary.replace(latest)
 
 # %% ../nbs/73_execute.ipynb #6ed440b0
-_OUTPUTS = ("evaluation.json", "report.html", "rejected.jsonl", "data_report.json", "adapter/*")
+_OUTPUTS = ("evaluation.json", "report.html", "rejected.jsonl", "data_report.json", "adapter/*",
+            "adapter/sources/*")
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
 
 def output_hashes(
     folder:str|Path, # of a run
 )->dict[str, str]: # SHA-256 by name
     "Hashes of a run's files, without the notebook and the adapter's weights, which have their own entries"
-    paths = [path for pattern in _OUTPUTS for path in sorted(Path(folder).glob(pattern))]
+    paths = [path for pattern in _OUTPUTS for path in sorted(Path(folder).glob(pattern)) if path.is_file()]
     names = [path.relative_to(folder).as_posix() for path in paths]
     return {name: sha256_file(Path(folder)/name) for name in names if name != ADAPTER_WEIGHTS}
 

@@ -152,6 +152,8 @@ def _upgrade_funnel(funnel):
     if "lines read" not in funnel: return funnel
     return dict.fromkeys(_RENAMED_FUNNEL.values(), 0) | _rename_keys(funnel, _RENAMED_FUNNEL)
 
+_NEW_PARAMETERS = {"sources": 0, "source_chars": 400, "targets": "all"} # schema 1 trained as with these values
+
 def upgrade_manifest(
     entries:dict, # of a manifest
 )->dict: # with the names of `MANIFEST_SCHEMA`; a newer manifest as it is
@@ -160,6 +162,8 @@ def upgrade_manifest(
     if isinstance(schema, int) and schema > MANIFEST_SCHEMA: return entries
     entries = _rename_keys(entries, _RENAMED_ENTRIES)
     if schema == 1: entries["schema"] = MANIFEST_SCHEMA
+    if schema in (None, 1) and isinstance(given := entries.get("given"), dict) and given:
+        entries["given"] = _NEW_PARAMETERS | given
     if isinstance(plan := entries.get("plan"), dict): entries["plan"] = _rename_keys(plan, _RENAMED_PLAN)
     if isinstance(funnel := entries.get("funnel"), dict): entries["funnel"] = _upgrade_funnel(funnel)
     return entries

@@ -68,17 +68,27 @@ class _PackBlocks:
     packing:bool = True # False: one example per pack
     seed:int = 42 # of the order of packs within a block, and of the blocks from the second epoch on
     block_rows:int = 1000 # rows that are packed together
+    grounding:object = None # a `Grounding`: sources of the rows, and what of their contents is learnt
 
     def __post_init__(self):
         self.tokenizer = copy.deepcopy(self.tokenizer) # used in another thread than the training
         self.n_blocks, self.rejected = -(-len(self.rows)//self.block_rows), {}
+        self.removed = {} # for each block the sentences removed from each row
         self.block = lru_cache(4)(self._make_block)
+
+    def _block_of_rows(self, number):
+        "The rows of one block, grounded, and those that are rejected"
+        numbers = range(number*self.block_rows, min((number + 1)*self.block_rows, len(self.rows)))
+        rows = self.rows.select(numbers).to_list()
+        if not self.grounding: return rows, []
+        rows, self.removed[number], rejected = self.grounding.training_rows(rows, numbers)
+        return rows, rejected
 
     def _make_block(self, number):
         "The packs of one block of rows, not shuffled"
-        stop = min((number + 1)*self.block_rows, len(self.rows))
-        rows = self.rows.select(range(number*self.block_rows, stop)).to_list()
-        examples, self.rejected[number] = encode_rows(rows, self.tokenizer, self.parts, self.max_length, self.loss_on)
+        rows, rejected = self._block_of_rows(number)
+        examples, too_long = encode_rows(rows, self.tokenizer, self.parts, self.max_length, self.loss_on)
+        self.rejected[number] = rejected + too_long
         return pack_examples(examples, self.max_length, self.packing) if examples else []
 
 # %% ../nbs/23_packing.ipynb #f4d6efc8
@@ -98,7 +108,9 @@ class _ShuffledBlocks(_PackBlocks):
         self._ends = [0] # cumulative number of packs, after each block read
 
     def __getstate__(self): # the values that identify these packs when they are hashed
-        return self.rows._fingerprint, self.parts, self.max_length, self.loss_on, self.packing, self.seed, self.block_rows
+        settings = self.parts, self.max_length, self.loss_on, self.packing, self.seed, self.block_rows
+        grounding = (self.grounding.n_sources, self.grounding.targets) if self.grounding else None
+        return self.rows._fingerprint, *settings, grounding
 
     def _shuffled_block(self, n):
         "The shuffled packs of the n-th block read"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run']
 
-# %% ../nbs/76_run.ipynb #22b704f1
+# %% ../nbs/76_run.ipynb #004e6ca4
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,8 +20,9 @@ from .model import model_fingerprint
 from .plan import Plan, make_plan
 from .recipe import compute_dtype, read_recipe, resolve
 from .secrets import clear_secrets, refuse_secrets
+from .targets import UNSUPPORTED, Grounding, prepare_grounding
 
-# %% ../nbs/76_run.ipynb #8f818bd7
+# %% ../nbs/76_run.ipynb #0ad8c933
 class Run:
     "The run of the main notebook: its recipe, its folder and its manifest"
     def __init__(self,
@@ -33,6 +34,7 @@ class Run:
         self.recipe = resolve(self.recipe_as_given)
         self.folder = Path(self.recipe.output_dir)
         self.resume_from = None # the checkpoint to resume from
+        self.grounding = None # sources of the rows
 
     def resolved(self)->dict: # names and values
         "The parameters that were resolved for this machine and file"
@@ -63,6 +65,19 @@ class Run:
                     resumed_from=self.resume_from.name if self.resume_from else None)
         record_failures(self.folder)
 
+    def prepare_grounding(self,
+        data:PreparedData, # from `load_data`
+    )->Grounding|None:
+        "Make or open the index of sources, if the recipe uses them"
+        self.grounding = prepare_grounding(data, self.recipe)
+        return self.grounding
+
+    def ground(self, rows:list[dict], training=False)->list[dict]:
+        "Rows with their sources; the first training rows also with reduced contents"
+        if not self.grounding: return rows
+        if training: return self.grounding.training_rows(rows, range(len(rows)))[0]
+        return self.grounding.test_rows(rows)
+
     def check_base_model(self, model, tokenizer):
         "Record which base model was loaded; ValueError if the checkpoints were trained on another"
         check_base_model(self.folder, model_fingerprint(model, tokenizer))
@@ -78,15 +93,18 @@ class Run:
 
     def write_rejected(self,
         data:PreparedData, # with the file of rejected lines
-        too_long:list[dict], # rows whose prompt is too long, from `encode_rows` and `Packs`
+        rows:list[dict], # rejected rows, from `encode_rows` and `Packs`
     )->Path: # rejected.jsonl in the run's folder
         "Write the rejected lines and rows, and record the funnel"
-        self.record(funnel=asdict(replace(data.funnel, over_max_length=len(too_long))))
-        return self.write("rejected.jsonl", data.rejected.read_text(encoding="utf-8") + to_jsonl(too_long))
+        unsupported = sum(row["reason"] == UNSUPPORTED for row in rows)
+        funnel = replace(data.funnel, unsupported=unsupported, over_max_length=len(rows) - unsupported)
+        self.record(funnel=asdict(funnel))
+        return self.write("rejected.jsonl", data.rejected.read_text(encoding="utf-8") + to_jsonl(rows))
 
     def save_adapter(self, model, tokenizer)->Path: # its folder
         "Save the adapter, record its hash, and remove secrets from all files"
-        adapter = save_adapter(model, tokenizer, self.folder/"adapter", self.recipe.model_id, compute_dtype(self.recipe))
+        adapter = save_adapter(model, tokenizer, self.folder/"adapter", self.recipe.model_id,
+                               compute_dtype(self.recipe), self.grounding)
         self.record(minutes=round(self.minutes(), 1), cleared=clear_secrets(self.folder),
                     adapter_sha256=sha256_file(adapter/"adapter_model.safetensors"))
         return adapter

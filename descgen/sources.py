@@ -160,7 +160,7 @@ def _read_about(folder):
     "What a folder says of itself; ValueError if it is no index, FileNotFoundError if there is none"
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. An adapter that was trained with sources needs the index "
-                                "that was saved beside it. Copy it there, or describe with sources=0.")
+                                "that was saved beside it. Copy it there, or call `describe` without sources.")
     try:
         about = json.loads((folder/"about.json").read_text(encoding="utf-8"))
         known = about["format"] == _FORMAT
@@ -172,23 +172,18 @@ def _read_about(folder):
 # %% ../nbs/15_sources.ipynb #d87fa88b
 _MORE = 8 # candidates beyond the wanted number, of which near-duplicates are left out
 
-def _content_shingles(sources, numbers):
-    "The shingles of some rows' contents"
-    return shingles(pl.from_arrow(sources.rows["content"].take(numbers)), SHINGLE_WIDTH["content"])
+def _similarities(sources, pairs):
+    "The Jaccard similarity of the contents of pairs of rows"
+    numbers, where = np.unique(np.array(pairs).reshape(-1, 2), return_inverse=True)
+    contents = pl.from_arrow(sources.rows["content"].take(numbers))
+    lists, where = shingles(contents, SHINGLE_WIDTH["content"]), where.reshape(-1, 2)
+    return jaccard_similarity(lists[where[:, 0]], lists[where[:, 1]])
 
-def _similar_to(sources, number, others, threshold):
-    "Which of some rows have almost the content of one row"
-    lists = _content_shingles(sources, [number, *others])
-    one = lists[np.zeros(len(others), int)]
-    return jaccard_similarity(one, lists[1:]) >= threshold
-
-def _without_duplicates(sources, number, candidates, k, threshold):
-    "The first `k` candidates that are not near-duplicates of a row or of one another"
-    kept = []
-    for candidate in candidates:
-        if len(kept) == k: break
-        if not _similar_to(sources, candidate, [number, *kept], threshold).any(): kept.append(candidate)
-    return kept
+def _different_texts(sources, candidates, k):
+    "The first `k` candidates, without those with the text of an earlier one"
+    texts = sources.rows["content"].take(candidates).to_pylist() if candidates else []
+    first = {text: number for number, text in reversed(list(zip(candidates, texts)))}
+    return [number for number in candidates if number in first.values()][:k]
 
 def training_sources(
     sources:Sources, # the index of the training rows
@@ -197,10 +192,15 @@ def training_sources(
     threshold:float=0.8, # similarity of near-duplicates, 0 to 1
 )->list[list[int]]: # row numbers, the most similar first
     "The sources of training rows: never the row itself or a near-duplicate of it"
+    if not len(numbers): return []
     titles = sources.rows["title"].take(list(numbers)).to_pylist()
-    candidates = sources.nearest(titles, k + 1 + _MORE)
-    others = [[c for c in found if c != number] for number, found in zip(numbers, candidates)]
-    return [_without_duplicates(sources, number, found, k, threshold) for number, found in zip(numbers, others)]
+    found = sources.nearest(titles, k + 1 + _MORE)
+    pairs = [(row, other) for row, others in zip(numbers, found) for other in others if other != row]
+    if not pairs: return [[] for _ in numbers]
+    kept = {row: [] for row in numbers}
+    for (row, other), similarity in zip(pairs, _similarities(sources, pairs)):
+        if similarity < threshold: kept[row].append(other)
+    return [_different_texts(sources, kept[row], k) for row in numbers]
 
 # %% ../nbs/15_sources.ipynb #7ff3ed4a
 def source_rows(

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from bench.__main__ import SUBJECTS, list_subjects, load_subject, make_parser
-from bench.data import TRAINING
-from bench.measure import NOTEBOOK, RESULTS, interleaved, medians, read_result, save_result
+from bench.data import NOT_COUNTED, FirstStepReached, calls, cells_to_first_step, stop_first_step
+from bench.measure import RESULTS, interleaved, medians, read_result, save_result
 from bench.tables import README, all_tables, render
 from conftest import ROOT
 
@@ -61,8 +61,31 @@ def test_render_needs_each_marker_once():
     with pytest.raises(SystemExit, match="found 0 times"):
         render("nothing", {"a": "new"})
 
-def test_the_notebook_can_be_stopped_at_its_first_step():
-    assert NOTEBOOK.read_text(encoding="utf-8").count(TRAINING) == 1
+def test_cell_that_trains_is_found_by_its_call():
+    assert calls("history = train(model, packs)", "train") and calls("run.train()", "train")
+    assert not calls("from descgen.train import train\nplot(train, 'train(')", "train")
+
+def test_cells_before_the_training_load_a_model_and_judge_it():
+    *before, last = cells_to_first_step()
+    assert calls(last.source, "train")
+    assert not any("%" in line[:1] for cell in before for line in cell.source.splitlines())
+    for name in NOT_COUNTED:
+        assert [cell for cell in before if calls(cell.source, name)], name
+    assert not any(calls(last.source, name) for name in NOT_COUNTED)
+
+def test_every_trainer_stops_at_its_first_step(tmp_path):
+    import unsloth
+    import torch
+    from transformers import Trainer, TrainingArguments
+    class Model(torch.nn.Linear):
+        def forward(self, x):
+            return {"loss": super().forward(x).sum()}
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
+    def make_trainer():
+        return Trainer(Model(2, 1), arguments, train_dataset=[{"x": torch.ones(2)}])
+    with stop_first_step(), pytest.raises(FirstStepReached):
+        make_trainer().train()
+    assert make_trainer().train().global_step == 1
 
 def test_ways_take_turns():
     order = []

@@ -46,10 +46,10 @@ def make_recipe(**more):
 def load_trained(recipe, scale=0.02):
     "Model and tokenizer with an adapter that changes the model, as if it had been trained"
     import torch
-    from descgen.model import add_lora, load_model
+    from descgen.model import LoraSettings, add_lora, load_model
     from descgen.recipe import compute_dtype
     model, tokenizer = load_model(recipe.model_id, 2048, recipe.load_in_4bit, compute_dtype(recipe), recipe.date_string)
-    model = add_lora(model, lora_dropout=0.0, gradient_checkpointing=False)
+    model = add_lora(model, LoraSettings(lora_dropout=0.0, gradient_checkpointing=False))
     torch.manual_seed(42)
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -180,14 +180,14 @@ def packs_with_every_attention(given):
 @check
 def descriptions_in_each_precision(given):
     "Greedy descriptions in bf16 and in fp16, in 4 and in 16 bits, with and without xformers"
-    from descgen.inference import describe
+    from descgen.inference import Sampling, describe
     found = {}
-    titles = [r["title"] for r in given["rows"][:4]]
+    titles, greedy = [r["title"] for r in given["rows"][:4]], Sampling(24, greedy=True)
     for name, more in combinations().items():
         model, tokenizer = load_trained(make_recipe(model_id=given["embedded"], **more), 0.002)
         for kind in ("xformers", "SDPA by example") if has_gpu() else ("xformers",):
             with attention(kind) if has_gpu() else nullcontext():
-                texts = describe(model, tokenizer, titles, sample=False, max_new_tokens=24, progress=False)
+                texts = describe(model, tokenizer, titles, sampling=greedy, progress=False)
             found[f"{name}, {kind}"] = texts
     if has_gpu(): # a tiny random model may write nothing
         assert all(all(texts) for texts in found.values()), found

@@ -32,15 +32,17 @@ def make_parameters(args, folder):
 
 def evaluate_again(adapter):
     "The fine-tuned model's test loss by `descgen evaluate`"
+    from descgen.metrics import TUNED
     words = ["evaluate", "--adapter", str(adapter), "--json"]
     command = [sys.executable, "-c", "from descgen.cli import app; app()", *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    return json.loads(done.stdout)["scores"]["all"]["values"]["fine-tuned"]["loss"]["value"]
+    return json.loads(done.stdout)["scores"]["all"]["values"][TUNED]["loss"]["value"]
 
 def run(args):
     import papermill
+    from descgen.manifest import read_manifest
     variant = args.model + ("-fp16" if args.fp16 else "") + ("-small" if args.small else "")
     folder = args.work.resolve()/f"run-{variant}"
     GPU_SCRATCH.mkdir(parents=True, exist_ok=True)
@@ -48,13 +50,13 @@ def run(args):
     papermill.execute_notebook(NOTEBOOK, GPU_SCRATCH/f"notebook-{variant}.ipynb", make_parameters(args, folder),
                                cwd=ROOT, progress_bar=False, log_output=True)
     seconds = time.time() - start
-    manifest = json.loads((folder/"manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(folder)
     summary = {
-        "steps": manifest["plan"]["steps"], "tokens": manifest["plan"]["tokens to train on"], "seconds": seconds,
-        "memory_gb": manifest["peak_memory_gb"], "loss_before": manifest["test_loss"]["before"],
-        "loss_after": manifest["test_loss"]["after"], "loss_evaluated_again": evaluate_again(folder/"adapter")}
-    named = ("state", "plan", "test_loss", "peak_memory_gb", "minutes", "skipped_steps", "decides")
-    raw = {k: manifest.get(k) for k in named} | {"last_losses": manifest["history"][-4:]}
+        "steps": manifest.plan["steps"], "tokens": manifest.plan["tokens"], "seconds": seconds,
+        "memory_gb": manifest.peak_memory_gb, "loss_before": manifest.test_loss["before"],
+        "loss_after": manifest.test_loss["after"], "loss_evaluated_again": evaluate_again(folder/"adapter")}
+    named = {"state", "plan", "test_loss", "peak_memory_gb", "minutes", "skipped_steps", "fingerprint"}
+    raw = manifest.model_dump(include=named) | {"last_losses": manifest.history[-4:]}
     save_result(args.results, f"gpu-notebook-{variant}", summary, raw)
 
 def tables(read):

@@ -41,10 +41,10 @@ def add_options(parser):
 @contextmanager
 def products_of(way):
     "Unsloth's own products or descgen's; without a GPU, as it is"
-    from descgen.layers import patch_functions, unsloth_functions
-    stock_again = {new: old for old, new in unsloth_functions().items()} if has_gpu() else {}
+    from descgen.layers import patch_functions, unsloth_replacements
+    stock_again = {new: old for old, new in unsloth_replacements().items()} if has_gpu() else {}
     if has_gpu():
-        patch_functions(unsloth_functions() if way == "descgen" else stock_again)
+        patch_functions(unsloth_replacements() if way == "descgen" else stock_again)
     try:
         yield
     finally:
@@ -294,12 +294,12 @@ def side_folder(args):
 def unsloth_side(args, amounts):
     "Adapters trained in both ways; their losses in both, gradients, what is left of additions, decoding"
     import unsloth, torch
-    from descgen.model import add_lora, load_model
+    from descgen.model import LoraSettings, add_lora, load_model
     source, folder = model_folder(args.model, args.work, args.small), side_folder(args)
     model, tokenizer = load_model(str(source), 2048, args.bits == 4, "bfloat16")
     train, judged = make_batches(tokenizer, args.rows, amounts)
     save_base(model, source, folder/"base")
-    model = add_lora(model, lora_dropout=0, gradient_checkpointing=False)
+    model = add_lora(model, LoraSettings(lora_dropout=0, gradient_checkpointing=False))
     before, ids = mean_loss(model, judged), rows_to_force(judged)
     training_losses, adapters = train_both(model, train, amounts.kept_after)
     losses, gradients = judge_both(model, adapters, judged, train[0])
@@ -394,12 +394,12 @@ def full_pack(packs, length=512, parts=2):
 def speed_side(args, amounts):
     "Tokens per second in each way, with the seed's settings and with the fastest"
     import unsloth
-    from descgen.model import add_lora, load_model
+    from descgen.model import LoraSettings, add_lora, load_model
     source, batch = model_folder(args.model, args.work, args.small), full_pack(1 if args.small else 16)
     summary, raw = {"tokens_per_second": {}, "memory_gb": {}}, {}
     for name, dropout, checkpointing in (("seed", 0.05, True), ("fast", 0, False)):
         model, _ = load_model(str(source), 2048, args.bits == 4, "bfloat16")
-        model = add_lora(model, lora_dropout=dropout, gradient_checkpointing=checkpointing)
+        model = add_lora(model, LoraSettings(lora_dropout=dropout, gradient_checkpointing=checkpointing))
         with card_lock():
             reset_peak()
             raw[name] = time_steps(model, batch, args.rounds)

@@ -32,8 +32,7 @@ def load_fresh(recipe):
     "The model with a new adapter, and the tokenizer"
     from descgen.model import add_lora, load_model
     model, tokenizer = load_model(recipe.model_id, 2048, recipe.load_in_4bit, "bfloat16")
-    model = add_lora(model, lora_dropout=recipe.lora_dropout, gradient_checkpointing=recipe.gradient_checkpointing)
-    return model, tokenizer
+    return add_lora(model, recipe), tokenizer
 
 def make_packs(rows, tokenizer, recipe):
     from datasets import Dataset

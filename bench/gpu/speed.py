@@ -133,7 +133,7 @@ def train_descgen(recipe, rows, tokens, watch, compile=False):
     "descgen, as the notebook trains"
     from datasets import Dataset
     from descgen.formatting import template_parts
-    from descgen.layers import patch_functions, unsloth_functions
+    from descgen.layers import patch_functions, unsloth_replacements
     from descgen.model import add_lora, load_model
     from descgen.packing import Packs
     from descgen.recipe import compute_dtype
@@ -142,8 +142,7 @@ def train_descgen(recipe, rows, tokens, watch, compile=False):
     packs = Packs(Dataset.from_list(rows), tokenizer, template_parts(tokenizer), recipe.max_length, recipe.loss_on,
                   packing=recipe.packing)
     each = statistics.mean(len(packs[i]["input_ids"]) for i in range(32))
-    model = add_lora(model, recipe.r, recipe.lora_alpha, recipe.lora_dropout, recipe.target_modules,
-                     recipe.gradient_checkpointing)
+    model = add_lora(model, recipe)
     model.register_forward_pre_hook(watch.count, with_kwargs=True)
     recipe = recipe.model_copy(update={"max_steps": steps_for(recipe, each, tokens)})
     try:
@@ -151,7 +150,7 @@ def train_descgen(recipe, rows, tokens, watch, compile=False):
             train(model, tokenizer, packs, recipe, callbacks=[watch])
     finally:
         if has_gpu(): # the next way may be Unsloth's own
-            patch_functions({new: old for old, new in unsloth_functions().items()})
+            patch_functions({new: old for old, new in unsloth_replacements().items()})
     return model
 
 def train_unsloth(recipe, rows, tokens, watch, packing):

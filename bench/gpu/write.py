@@ -42,13 +42,13 @@ def descgen_writer(source, args):
     "descgen, as the notebook describes"
     import unsloth # before transformers
     from descgen.formatting import template_parts
-    from descgen.inference import describe
-    from descgen.model import add_lora, load_model
+    from descgen.inference import Sampling, describe
+    from descgen.model import LoraSettings, add_lora, load_model
     model, tokenizer = load_model(str(source), 2048, not args.small, "bfloat16")
-    model, parts = add_lora(model, lora_dropout=0), template_parts(tokenizer)
+    model, parts = add_lora(model, LoraSettings(lora_dropout=0)), template_parts(tokenizer)
     never_end(model, tokenizer)
     def write(titles, size):
-        describe(model, tokenizer, titles, parts, max_new_tokens=args.new_tokens, batch_size=size, progress=False)
+        describe(model, tokenizer, titles, parts, Sampling(args.new_tokens, batch_size=size), progress=False)
     return write
 
 def load_plain(source, in_4_bits):
