@@ -18,7 +18,8 @@ from pydantic import BaseModel, Field, TypeAdapter
 from .claims import common_words, detect_language, find_claims, longest_shared_runs, supporting
 from .files import from_json
 from .metrics import BASE, BASE_SOURCES, GREEDY, NEAREST, SYSTEMS, TITLE, TUNED, TYPICAL, VERIFIED
-from .metrics import bootstrap_resamples, claim_sums, distinct_n, finite_or_none, loss_sums, metric_from_sums, metric_sums, nearest_titles
+from .metrics import bootstrap_resamples, claim_sums, distinct_n, finite_or_none, loss_sums
+from .metrics import metric_from_sums, metric_sums, nearest_titles
 from .metrics import paired_bootstrap, percentile_interval, tfidf_vectors
 
 # %% ../nbs/62_evaluation.ipynb #bc4d5ba6
@@ -43,6 +44,7 @@ def _generations(titles, tokenizer, parts, sources):
         BASE: (False, False, plain), BASE + GREEDY: (False, True, plain), BASE_SOURCES: (False, False, full),
         TUNED: (True, False, full), TUNED + GREEDY: (True, True, full)}
 
+# %% ../nbs/62_evaluation.ipynb #ad84d875
 def generate_all(
     model, # with its adapter
     tokenizer, # of the model
@@ -148,17 +150,17 @@ def _differences(columns, pairs, draws):
         found[name] = {m: paired_bootstrap(columns[own][m], columns[name][m], draws) for m in both}
     return found
 
+# %% ../nbs/62_evaluation.ipynb #d552a897
 def score_systems(
     columns:dict, # sums by system and metric, from `metric_sums` and `loss_sums`
     seed:int=42, # of the bootstrap
-)->dict: # `rows`; `values` by system and metric; `differences`: fine-tuned minus each other system; `verified`: verified
-         # minus each other system, if there are verified texts
+)->dict: # `rows`, `values` by system and metric, `differences` and `verified`: that system minus each other one
     "Values and differences of all systems, with 95 % confidence intervals"
     draws = bootstrap_resamples(len(next(iter(columns[TUNED].values()))), seed=seed)
     values = {}
     for name, metrics in columns.items():
         values[name] = {m: _value_with_interval(np.asarray(sums), draws) for m, sums in metrics.items()}
-    tuned = {name: SYSTEMS[name].tuned for name in columns if name != TUNED}
+    tuned = {name: SYSTEMS[name].tuned for name in columns if name != TUNED} # sampled or greedy
     scores = {"rows": draws.shape[1], "values": values, "differences": _differences(columns, tuned, draws)}
     if VERIFIED not in columns: return scores
     verified = {name: VERIFIED for name in columns if name != VERIFIED}

@@ -211,6 +211,7 @@ class System:
     compared: tuple[str, ...] = () # metrics in which the verdict compares it with the fine-tuned model
     tuned: str = TUNED # the fine-tuned system that it is compared with
 
+# %% ../nbs/61_metrics.ipynb #c8598a9f
 _CLAIMS = ("false_claims", "unsupported_claims")
 
 SYSTEMS = { # by identifier

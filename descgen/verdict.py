@@ -196,7 +196,8 @@ def comparisons(
     for other, system in SYSTEMS.items():
         measured = part["differences"].get(other, {})
         for metric in system.compared:
-            if metric in measured: lines.append(_format_comparison(metric, part, system.tuned, other, measured[metric]))
+            if metric not in measured: continue
+            lines.append(_format_comparison(metric, part, system.tuned, other, measured[metric]))
     lines += _verified_comparisons(part)
     memorised = part["values"][TUNED].get("memorised", {}).get("value")
     if memorised is None: return lines
