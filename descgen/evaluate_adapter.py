@@ -15,7 +15,7 @@ from .dataset import load_data
 from .evaluation import Evaluation, evaluate
 from .files import load_manifest
 from .formatting import template_parts
-from .inference import load_adapter
+from .inference import find_sources, load_adapter
 from .recipe import check_recipe, compute_dtype, resolve
 from .splitting import find_leaks
 
@@ -91,6 +91,13 @@ def _max_training_rows(record, more=1000):
     "The most training rows that a run can have read: those of its plan, and one block more"
     return record.get("plan", {}).get("examples", 10**9) + more
 
+# %% ../nbs/65_evaluate_adapter.ipynb #31657f25
+def _with_sources(rows, folder):
+    "Test rows with the sources of an adapter's prompts; the same rows if it was trained without"
+    found = find_sources(folder, [row["title"] for row in rows])
+    if found is None: return rows
+    return [{**row, "sources": own} for row, own in zip(rows, found)]
+
 # %% ../nbs/65_evaluate_adapter.ipynb #d127a187
 def evaluate_adapter(
     folder:str|Path, # of the adapter, inside its run's folder
@@ -111,6 +118,7 @@ def evaluate_adapter(
     model, tokenizer = load_adapter(folder, recipe.max_seq_length, recipe.load_in_4bit, dtype=compute_dtype(recipe))
     leaked = _find_leaked(test, train, recipe.near_threshold)
     parts = template_parts(tokenizer)
-    evaluation = evaluate(model, tokenizer, test.to_list(), train.to_list(), parts, recipe, leaked=leaked)
+    test_rows = _with_sources(test.to_list(), folder)
+    evaluation = evaluate(model, tokenizer, test_rows, train.to_list(), parts, recipe, leaked=leaked)
     if file: evaluation.file = file | {"scored": len(evaluation.titles)}
     return evaluation

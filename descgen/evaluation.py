@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter
 
-from .claims import common_words, longest_shared_runs, unsupported_claims
+from .claims import common_words, detect_language, find_claims, longest_shared_runs, supporting
 from .files import from_json
-from .metrics import BASE, GREEDY, NEAREST, SYSTEMS, TITLE, TUNED, TYPICAL, bootstrap_resamples
-from .metrics import distinct_n, finite_or_none, loss_sums, metric_from_sums, metric_sums, nearest_titles
+from .metrics import BASE, BASE_SOURCES, GREEDY, NEAREST, SYSTEMS, TITLE, TUNED, TYPICAL, VERIFIED
+from .metrics import bootstrap_resamples, claim_sums, distinct_n, finite_or_none, loss_sums
+from .metrics import metric_from_sums, metric_sums, nearest_titles
 from .metrics import paired_bootstrap, percentile_interval, tfidf_vectors
 
 # %% ../nbs/62_evaluation.ipynb #bc4d5ba6
@@ -31,28 +32,39 @@ def medoid(
     return int(np.asarray(vectors[1:] @ mean.T).argmax())
 
 # %% ../nbs/62_evaluation.ipynb #5dbff3e7
+def _generations(titles, tokenizer, parts, sources):
+    "By system: whether it uses the adapter, whether it is greedy, and its prompts"
+    from descgen.formatting import prompt_ids
+    plain = [prompt_ids(title, tokenizer, parts) for title in titles]
+    if sources is None: return {
+        BASE: (False, False, plain), BASE + GREEDY: (False, True, plain),
+        TUNED: (True, False, plain), TUNED + GREEDY: (True, True, plain)}
+    full = [prompt_ids(title, tokenizer, parts, own) for title, own in zip(titles, sources)]
+    return {
+        BASE: (False, False, plain), BASE + GREEDY: (False, True, plain), BASE_SOURCES: (False, False, full),
+        TUNED: (True, False, full), TUNED + GREEDY: (True, True, full)}
+
+# %% ../nbs/62_evaluation.ipynb #ad84d875
 def generate_all(
     model, # with its adapter
     tokenizer, # of the model
     titles:list[str], # to describe
     parts, # the template's parts, as in training
     recipe, # sets sampling and seed
+    sources:list[list[dict]]|None=None, # of each title, as in training; None: the model was trained without
     batch_size:int=100, # titles per batch
 )->tuple[dict, dict]: # by system: texts, and whether each text ended with the end-of-sequence token
     "Texts of the base and the fine-tuned model, sampled and greedy"
-    from descgen.formatting import prompt_ids
     from descgen.inference import Sampling, complete
-    prompts = [prompt_ids(t, tokenizer, parts) for t in titles]
     settings = dict(max_new_tokens=recipe.max_new_tokens, temperature=recipe.temperature, top_p=recipe.top_p,
         seed=recipe.seed, batch_size=batch_size)
     texts, ended = {}, {}
-    for name, context in ((BASE, model.disable_adapter), (TUNED, nullcontext)):
-        for suffix, greedy in (("", False), (GREEDY, True)):
-            with context():
-                ids = complete(model, tokenizer, prompts, Sampling(**settings, greedy=greedy))
-            decoded = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            texts[name + suffix] = [text.strip() for text in decoded]
-            ended[name + suffix] = [bool(new) and new[-1] == tokenizer.eos_token_id for new in ids]
+    for name, (adapted, greedy, prompts) in _generations(titles, tokenizer, parts, sources).items():
+        with nullcontext() if adapted else model.disable_adapter():
+            ids = complete(model, tokenizer, prompts, Sampling(**settings, greedy=greedy))
+        decoded = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        texts[name] = [text.strip() for text in decoded]
+        ended[name] = [bool(new) and new[-1] == tokenizer.eos_token_id for new in ids]
     return texts, ended
 
 # %% ../nbs/62_evaluation.ipynb #32049e13
@@ -67,19 +79,62 @@ def baselines(
     typical = train[medoid([r["content"] for r in train[:20_000]])]["content"]
     return {TITLE: list(titles), NEAREST: nearest, TYPICAL: [typical]*len(titles)}
 
+# %% ../nbs/62_evaluation.ipynb #9e933748
+@dataclass(frozen=True)
+class _Grounds:
+    "What the claims of all texts are checked against"
+    language: str|None # None: not covered, claims are not measured
+    common: set # words that are no names
+    sources: list # for each title: the row's own, or the nearest training rows
+
+def _row_sources(rows):
+    "The sources of all rows; None if the rows have none"
+    sources = [row.get("sources") for row in rows]
+    return None if None in sources or not any(sources) else sources
+
+def _find_grounds(rows, train, near):
+    "Language, common words and sources of the test rows"
+    contents = [row["content"] for row in train or rows]
+    sources = _row_sources(rows) or [[train[i] for i in neighbours] for neighbours in near]
+    return _Grounds(detect_language(contents), common_words(contents), sources)
+
+# %% ../nbs/62_evaluation.ipynb #47c20e34
+def _places(text, title, sources, grounds):
+    "The claims of a text: where each begins and ends, and where it stands"
+    claims = find_claims(text, grounds.language, grounds.common)
+    return [{"start": claim.start, "end": claim.end, "stands": supporting(claim, title, sources, grounds.language)}
+            for claim in claims]
+
+def _all_places(texts, titles, grounds):
+    "The claims of the fine-tuned and of the verified texts; none if claims are not measured"
+    if grounds.language is None: return {}
+    return {name: [_places(*own, grounds) for own in zip(texts[name], titles, grounds.sources)]
+            for name in (TUNED, VERIFIED) if name in texts}
+
+# %% ../nbs/62_evaluation.ipynb #b6240f62
+def _verified_texts(texts, titles, grounds):
+    "The texts without the sentences that have an unsupported claim"
+    from descgen.verified import Checks, verify
+    checks = Checks(language=grounds.language, common=frozenset(grounds.common))
+    return [verify(*own, checks).text for own in zip(texts, titles, grounds.sources)]
+
 # %% ../nbs/62_evaluation.ipynb #a13eaf3b
-def _all_metric_sums(texts, ended, rows, near, train):
+def _all_metric_sums(texts, ended, rows, grounds, train):
     "The sums of every metric, by system"
     every, n = [text for own in texts.values() for text in own], len(rows)
-    common = common_words(r["content"] for r in train)
-    sources = [[train[i] for i in neighbours] for neighbours in near]
     copies = longest_shared_runs(every, (r["content"] for r in train))
-    stated = [unsupported_claims(t, rows[i % n]["title"], sources[i % n], common) for i, t in enumerate(every)]
     references, sums = [r["content"] for r in rows], {}
     for k, (name, own) in enumerate(texts.items()):
-        part = slice(k*n, k*n + n) # the texts of one system are contiguous
-        sums[name] = metric_sums(own, ended[name], references, stated[part], copies[part])
+        shared = copies[k*n:k*n + n] # the texts of one system are contiguous
+        sums[name] = metric_sums(own, ended[name], references, _all_claim_sums(own, rows, grounds), shared)
     return sums
+
+def _all_claim_sums(texts, rows, grounds):
+    "The sums of the claim metrics of a system's texts; None if claims are not measured"
+    if grounds.language is None: return None
+    settings = {"language": grounds.language, "common": grounds.common}
+    return [claim_sums(text, row["title"], row["content"], sources, **settings)
+            for text, row, sources in zip(texts, rows, grounds.sources)]
 
 def _value_with_interval(sums, draws):
     "A metric of one system with its 95 % confidence interval"
@@ -87,20 +142,29 @@ def _value_with_interval(sums, draws):
     return {"value": value} | percentile_interval(metric_from_sums(draws @ sums))
 
 # %% ../nbs/62_evaluation.ipynb #1c27615f
+def _differences(columns, pairs, draws):
+    "By system: the system of `pairs` minus it, with 95 % confidence intervals"
+    found = {}
+    for name, own in pairs.items():
+        both = [m for m in columns[name] if m in columns[own]]
+        found[name] = {m: paired_bootstrap(columns[own][m], columns[name][m], draws) for m in both}
+    return found
+
+# %% ../nbs/62_evaluation.ipynb #d552a897
 def score_systems(
     columns:dict, # sums by system and metric, from `metric_sums` and `loss_sums`
     seed:int=42, # of the bootstrap
-)->dict: # `rows`; `values` by system and metric; `differences`: fine-tuned minus each other system
+)->dict: # `rows`, `values` by system and metric, `differences` and `verified`: that system minus each other one
     "Values and differences of all systems, with 95 % confidence intervals"
     draws = bootstrap_resamples(len(next(iter(columns[TUNED].values()))), seed=seed)
-    values, differences = {}, {}
+    values = {}
     for name, metrics in columns.items():
         values[name] = {m: _value_with_interval(np.asarray(sums), draws) for m, sums in metrics.items()}
-        if name == TUNED: continue
-        tuned = columns[SYSTEMS[name].tuned]
-        both = [m for m in metrics if m in tuned]
-        differences[name] = {m: paired_bootstrap(tuned[m], metrics[m], draws) for m in both}
-    return {"rows": draws.shape[1], "values": values, "differences": differences}
+    tuned = {name: SYSTEMS[name].tuned for name in columns if name != TUNED} # sampled or greedy
+    scores = {"rows": draws.shape[1], "values": values, "differences": _differences(columns, tuned, draws)}
+    if VERIFIED not in columns: return scores
+    verified = {name: VERIFIED for name in columns if name != VERIFIED}
+    return scores | {"verified": _differences(columns, verified, draws)}
 
 # %% ../nbs/62_evaluation.ipynb #3168a76a
 SCHEMA = 2 # of `evaluation.json`
@@ -118,6 +182,8 @@ class Evaluation:
     leaked: int = 0 # test rows with a duplicate or near-duplicate among the training rows
     left_out: int = 0 # test rows without a description, or too long for the model
     file: dict|None = None # row counts of a file other than the run's own
+    sources: list[list[dict]] = field(default_factory=list) # by title: `uid` and `title` of what claims stand in
+    claims: dict[str, list[list[dict]]] = field(default_factory=dict) # by system and title: `start`, `end`, `stands`
 
     def to_dict(self):
         "The content of `evaluation.json`"
@@ -126,7 +192,9 @@ class Evaluation:
 # %% ../nbs/62_evaluation.ipynb #ef39f163
 def _check_lengths(evaluation):
     "ValueError if a list has not one value per title"
-    lists = [evaluation.contents, *evaluation.texts.values(), *evaluation.ended.values()]
+    lists = [evaluation.contents, *evaluation.texts.values(), *evaluation.ended.values(),
+             *evaluation.claims.values()]
+    if evaluation.sources: lists.append(evaluation.sources)
     for metrics in evaluation.per_row.values():
         lists += metrics.values()
     if any(len(values) != len(evaluation.titles) for values in lists):
@@ -197,10 +265,18 @@ def _encode_usable_rows(rows, tokenizer, parts, recipe):
     return numbers, usable, encoded
 
 # %% ../nbs/62_evaluation.ipynb #4cc3436e
-def _add_losses(columns, model, examples, contents, recipe):
+def _encode_by_system(rows, examples, tokenizer, parts, recipe):
+    "The encoded examples of each system whose loss is measured: with the prompt that it also describes with"
+    from descgen.formatting import encode_rows
+    if _row_sources(rows) is None: return {BASE: examples, TUNED: examples}
+    without = [{"title": row["title"], "content": row["content"]} for row in rows]
+    plain = encode_rows(without, tokenizer, parts, recipe.max_length, "completion")[0]
+    return {BASE: plain, BASE_SOURCES: examples, TUNED: examples}
+
+def _add_losses(columns, model, encoded, contents, recipe):
     "Add the test losses of the base and the fine-tuned model"
-    for name, context in ((BASE, model.disable_adapter), (TUNED, nullcontext)):
-        with context():
+    for name, examples in encoded.items():
+        with nullcontext() if name == TUNED else model.disable_adapter():
             losses = loss_sums(model, examples, contents, recipe)
         columns[name] |= {m: np.array(sums, float) for m, sums in losses.items()}
 
@@ -226,13 +302,17 @@ def _find_nearest(titles, train):
     if not train: return [[] for _ in titles]
     return nearest_titles(titles, [r["title"] for r in train])
 
+def _without_contents(sources):
+    "The sources without their contents"
+    return [[{"uid": source.get("uid"), "title": source["title"]} for source in own] for own in sources]
+
 def _as_lists(columns): return {m: np.asarray(sums).tolist() for m, sums in columns.items()}
 
 # %% ../nbs/62_evaluation.ipynb #5a77149b
 def evaluate(
     model, # with its adapter
     tokenizer, # of the model
-    rows:list[dict], # test rows with `title` and `content`
+    rows:list[dict], # test rows with `title` and `content`, and with `sources` if the model was trained with them
     train:list[dict], # rows that the model was trained on
     parts, # the template's parts, as in training
     recipe, # resolved; sets precision, sampling and seed
@@ -244,16 +324,19 @@ def evaluate(
     if not usable: return Evaluation(left_out=len(rows))
     titles, contents = [r["title"] for r in usable], [r["content"] for r in usable]
     near = _find_nearest(titles, train)
-    texts, ended = generate_all(model, tokenizer, titles, parts, recipe)
+    sources, grounds = _row_sources(usable), _find_grounds(usable, train, near)
+    texts, ended = generate_all(model, tokenizer, titles, parts, recipe, sources)
+    if sources: texts[VERIFIED] = _verified_texts(texts[TUNED], titles, grounds)
     texts |= baselines(titles, train, near)
-    ended = {name: ended.get(name, [True]*len(titles)) for name in texts} # the baselines' texts are complete
-    columns = _all_metric_sums(texts, ended, usable, near, train)
-    _add_losses(columns, model, examples, contents, recipe)
+    ended = {name: ended.get(name, [True]*len(titles)) for name in texts} # the other texts are complete
+    columns = _all_metric_sums(texts, ended, usable, grounds, train)
+    _add_losses(columns, model, _encode_by_system(usable, examples, tokenizer, parts, recipe), contents, recipe)
     return Evaluation(
         titles, contents, texts, ended, {name: distinct_n(own) for name, own in texts.items()},
-        {name: _as_lists(columns[name]) for name in (BASE, TUNED)},
+        {name: _as_lists(columns[name]) for name in (BASE, TUNED, VERIFIED) if name in columns},
         _by_subset(columns, [i in leaked for i in numbers], recipe.seed),
-        leaked=len(leaked & set(numbers)), left_out=len(rows) - len(usable))
+        leaked=len(leaked & set(numbers)), left_out=len(rows) - len(usable),
+        sources=_without_contents(grounds.sources), claims=_all_places(texts, titles, grounds))
 
 # %% ../nbs/62_evaluation.ipynb #0fe9ebbe
 def _time_call(function, *args, **kw):
@@ -287,9 +370,11 @@ def estimate_evaluation(
     examples = encode_rows(rows[:16], tokenizer, parts, recipe.max_length, "completion")[0]
     if not examples: return 0.0
     loss_seconds = _time_call(completion_loss, model, examples, recipe)/len(examples)*len(rows)
-    prompts = [prompt_ids(r["title"], tokenizer, parts) for r in rows[:100]]
+    with_sources = _row_sources(rows) is not None
+    prompts = [prompt_ids(r["title"], tokenizer, parts, r.get("sources") or ()) for r in rows[:100]]
     batch_seconds = _estimate_generation(model, tokenizer, prompts, recipe.max_new_tokens)
     loss_passes = 5 + steps//recipe.eval_steps # before, after, twice in the evaluation, and at the last step
+    loss_passes += with_sources # the base model without and with sources
     shown = 2 if recipe.n_titles else 0.5 # the texts shown before and after training, and one more after it
-    batches = 4*len(rows)/len(prompts) + shown
+    batches = (4 + with_sources)*len(rows)/len(prompts) + shown
     return (loss_passes*loss_seconds + batches*batch_seconds)/60

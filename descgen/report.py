@@ -11,8 +11,9 @@ from pathlib import Path
 
 from .evaluation import Evaluation
 from .files import write_text
-from .metrics import BASE, METRICS, SYSTEMS, TUNED, label_of
-from .verdict import MIN_TEST_ROWS, collect_notes, comparisons, format_number, outcome, summary, without_leaks
+from .metrics import BASE, CLAIM_METRICS, METRICS, SYSTEMS, TUNED, VERIFIED, label_of
+from .verdict import MIN_TEST_ROWS, collect_notes, comparisons, format_number, measures_claims, outcome
+from .verdict import summary, without_leaks
 
 # %% ../nbs/64_report.ipynb #f56e3175
 def select_examples(
@@ -120,7 +121,7 @@ def score_table(
     return ["", *map(label_of, metrics)], rows
 
 # %% ../nbs/64_report.ipynb #226e03c2
-def _metric_row(metric, part):
+def _measured_row(metric, part):
     "A metric of each system: its value, with the interval below"
     row = [metric]
     for values in part["values"].values():
@@ -131,6 +132,13 @@ def _metric_row(metric, part):
         has_interval = values[metric]["low"] is not None
         row.append((value, f"{low} to {high}") if has_interval else value)
     return row
+
+def _metric_row(metric, part):
+    "A row of a metric; if claims were not measured, their rows say so"
+    row = _measured_row(metric, part)
+    if any(row[1:]) or metric not in CLAIM_METRICS: return row
+    missing = "–" if measures_claims(part) else "not measured" # earlier versions measured only unsupported claims
+    return [metric, *[missing]*len(part["values"])]
 
 # %% ../nbs/64_report.ipynb #0551a3ec
 _SUBSETS = {"all": "All test rows", "clean": "Test rows without a near-duplicate among the training rows",
@@ -173,14 +181,53 @@ def _text_with_defects(evaluation, name, i):
     return text, _describe_defects(text, ended, repeated and repeated[i])
 
 # %% ../nbs/64_report.ipynb #92b6cb95
+def _place_of(stands, sources):
+    "Where a claim stands: a class of the page, its explanation, and the numbers of the sources"
+    if "title" in stands: return "title", "in the title", ""
+    if not stands: return "nowhere", "neither in the title nor in a source", ""
+    names = [_name_source(i, sources) for i in stands]
+    return "source", "in " + "; ".join(names), ", ".join(str(i + 1) for i in stands)
+
+def _name_source(i, sources):
+    "Number, title and uid of a source"
+    uid = sources[i].get("uid")
+    return f"source {i + 1}: {sources[i]['title']}" + (f" ({uid})" if uid else "")
+
+def _mark_claims(text, claims, sources):
+    "A text in pieces: each with its class, explanation and footnote, which are empty outside of claims"
+    pieces, position = [], 0
+    for claim in claims:
+        if claim["start"] < position: continue
+        pieces.append((text[position:claim["start"]], "", "", ""))
+        position = claim["end"]
+        pieces.append((text[claim["start"]:position], *_place_of(claim["stands"], sources)))
+    return [piece for piece in [*pieces, (text[position:], "", "", "")] if piece[0]]
+
+# %% ../nbs/64_report.ipynb #de2a43fc
+def _marked_text(evaluation, name, i):
+    "A system's text for a title, its claims marked, and its defects"
+    text, defects = _text_with_defects(evaluation, name, i)
+    if name not in evaluation.claims: return text, defects
+    return _mark_claims(text, evaluation.claims[name][i], evaluation.sources[i]), defects
+
+def _title_with_sources(evaluation, i):
+    "A title and the names of its sources; the title alone if no claims are marked"
+    if not evaluation.claims or not evaluation.sources[i]: return evaluation.titles[i]
+    sources = evaluation.sources[i]
+    return evaluation.titles[i], "; ".join(_name_source(k, sources) for k in range(len(sources)))
+
+def _shown_systems(evaluation):
+    "The systems whose texts are shown"
+    return [name for name in (BASE, TUNED, VERIFIED) if name in evaluation.texts]
+
 def _collect_examples(evaluation):
-    "Titles with the catalogue's text and those of the base and the fine-tuned model"
+    "Titles with the catalogue's text and those of the systems that are shown"
     sums = evaluation.per_row
     if not sums: return []
     shown = []
     for reason, i in select_examples(metric_gains(sums[TUNED], sums[BASE])):
-        texts = [_text_with_defects(evaluation, name, i) for name in (BASE, TUNED)]
-        shown.append((reason, evaluation.titles[i], evaluation.contents[i], *texts))
+        texts = [_marked_text(evaluation, name, i) for name in _shown_systems(evaluation)]
+        shown.append((reason, _title_with_sources(evaluation, i), evaluation.contents[i], *texts))
     return shown
 
 # %% ../nbs/64_report.ipynb #9ca4770f
@@ -222,21 +269,23 @@ def write_page(
     plots:dict, # captions and matplotlib figures
     tables:list[tuple], # title, head and rows; a cell is a text, or a text and its explanation
     *,
-    shown:list[tuple]=(), # reason, title, catalogue's text, and the texts of two systems
-    sides:tuple=("base", "fine-tuned"), # names of the two systems
+    shown:list[tuple]=(), # reason, title, catalogue's text, and the texts of two or more systems, plain or in pieces
+    sides:tuple=("base", "fine-tuned"), # names of the systems
+    marked:bool=False, # whether the claims of the texts are marked
     notes:list[str]=(), # rows that do not count, and why
     lines:list[str]=(), # each comparison in numbers
-    about_texts:str="", # a remark on the texts of the two systems
+    about_texts:str="", # a remark on the texts of the systems
 )->Path: # the same path
     "Write a page of sentences, plots, tables and texts side by side; a row's first cell can be one of `METRICS`"
     pictures = [(caption, _to_svg(figure)) for caption, figure in plots.items()]
     columns = ["", "title", "catalogue", *sides]
     page = _load_template().render(
         name=name, words=words, notes=notes, plots=pictures, lines=lines, about_lines=_ABOUT_CHANCE, tables=tables,
-        metrics=_EXPLAINED, shown=shown, sides=sides, columns=columns, about_texts=about_texts)
+        metrics=_EXPLAINED, shown=shown, sides=sides, columns=columns, about_texts=about_texts, marked=marked)
     return write_text(path, page)
 
 # %% ../nbs/64_report.ipynb #c767fcac
+_SIDES = {BASE: "base", TUNED: "fine-tuned", VERIFIED: "verified"}
 _CAPTION = "The fine-tuned model minus each other system, with 95 % confidence intervals."
 
 def write_report(
@@ -251,5 +300,6 @@ def write_report(
     if part and part["rows"] >= MIN_TEST_ROWS: plots[_CAPTION] = plot_differences(part)
     return write_page(
         path, f"{name}: did fine-tuning help?", summary(evaluation), plots, _build_tables(evaluation),
-        shown=_collect_examples(evaluation), notes=collect_notes(evaluation), lines=comparisons(evaluation),
+        shown=_collect_examples(evaluation), sides=[_SIDES[name] for name in _shown_systems(evaluation)],
+        marked=bool(evaluation.claims), notes=collect_notes(evaluation), lines=comparisons(evaluation),
         about_texts=_ABOUT_BASE)
