@@ -160,6 +160,7 @@ def complete(
     prompts:list[list[int]], # token ids, from `prompt_ids`
     sampling:Sampling=Sampling(), # number and choice of the tokens
     *,
+    noise=None, # random numbers from 0 to 1, a row per prompt and a column per token; None: from `sampling.seed`
     progress:bool=True, # show a progress bar
 )->list[list[int]]: # the new tokens of each prompt, with the end token if it was generated
     "Complete prompts, in batches of similar length"
@@ -167,7 +168,7 @@ def complete(
     from unsloth import FastLanguageModel
     was_training, completions = model.training, {}
     FastLanguageModel.for_inference(model)
-    noise = _noise_for(len(prompts), sampling)
+    noise = _noise_for(len(prompts), sampling) if noise is None else noise
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [order[start:start + sampling.batch_size] for start in range(0, len(order), sampling.batch_size)]
     for indices in tqdm(batches, desc="describing", unit="batch", file=sys.stdout, disable=not progress):
@@ -185,14 +186,14 @@ def describe(
     titles:list[str], # any text; control tokens in it are read as plain text
     parts:TemplateParts|None=None, # of the chat template, as in training; None: read from the tokenizer
     sampling:Sampling=Sampling(), # number and choice of the tokens
-    sources:list[list[dict]]|None=None, # of each title, from `find_sources`; None: prompts without sources
+    sources:list[list[dict]]|None=None, # for each title its sources, each with `title` and `content`; None: no sources
     *,
     progress:bool=True, # show a progress bar
 )->list[str]: # one description per title, without the prompt and the end token
     "Generate a description for each title"
     parts = parts or template_parts(tokenizer)
-    of_titles = sources or [()]*len(titles)
-    prompts = [prompt_ids(t, tokenizer, parts, found) for t, found in zip(titles, of_titles, strict=True)]
+    sources = [()]*len(titles) if sources is None else sources
+    prompts = [prompt_ids(t, tokenizer, parts, own) for t, own in zip(titles, sources, strict=True)]
     completions = complete(model, tokenizer, prompts, sampling, progress=progress)
     texts = [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in completions]
     return [text.strip() for text in texts]
@@ -221,6 +222,7 @@ def stream(
     title:str, # any text
     parts:TemplateParts|None=None, # of the chat template, as in training; None: read from the tokenizer
     sampling:Sampling=Sampling(), # number and choice of the tokens
+    sources:list[dict]|None=None, # of the title, each with `title` and `content`; None: no sources
 ): # yields pieces of text; raises errors of the generation
     "Generate a description for one title, piece by piece"
     from transformers import TextIteratorStreamer
@@ -229,7 +231,7 @@ def stream(
     FastLanguageModel.for_inference(model)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True,
         clean_up_tokenization_spaces=False)
-    prompt = prompt_ids(title, tokenizer, parts or template_parts(tokenizer))
+    prompt = prompt_ids(title, tokenizer, parts or template_parts(tokenizer), sources or ())
     batch = _left_pad([prompt], tokenizer, layer_device(model))
     arguments = _generation_arguments(tokenizer, sampling, _noise_for(1, sampling), batch)
     thread, errors = _generate_in_thread(model, arguments | {"streamer": streamer})
