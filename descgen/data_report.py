@@ -71,7 +71,8 @@ def cleaning_examples(
     data, # from `load_data`
 )->list[dict]: # `line`, `title`, `content`, `clean_title`, `clean_content`
     "The ten sampled rows, as they are in the file and after cleaning"
-    rows = pl.DataFrame(data.examples, schema={"line": pl.UInt32, "title": pl.String, "content": pl.String})
+    rows = pl.DataFrame(data.examples,
+        schema={"line": pl.UInt32, "title": pl.String, "content": pl.String})
     cleaned = clean_rows(rows, list(data.changed), data.sentences)[0]
     clean = cleaned.select(clean_title="title", clean_content="content")
     return pl.concat([rows, clean], how="horizontal").to_dicts()
@@ -205,7 +206,8 @@ def _variants_text(variants):
     if n_number:
         kinds.append(f"{n_number:,} in a number")
     if n_word:
-        kinds.append(f"{n_word:,} in a word, such as {', '.join(map(_one_line, variants['words'][:5]))}")
+        kinds.append(
+            f"{n_word:,} in a word, such as {', '.join(map(_one_line, variants['words'][:5]))}")
     size = f"{variants['groups']:,} groups, {variants['rows']:,} rows in all"
     return f"Variants: {size}, differ in one word only: {'; '.join(kinds)}"
 
@@ -213,14 +215,16 @@ def _sentences_text(sentences):
     "The repeated sentences, one per line"
     if not sentences: return ""
     lines = "\n".join(f"{s['share']:>11.1%}  {_one_line(s['sentence'])}" for s in sentences)
-    return f"Sentences in many contents (the cleaning step repeated_sentences removes them)\n{lines}\n\n"
+    return ("Sentences in many contents (the cleaning step "
+            f"repeated_sentences removes them)\n{lines}\n\n")
 
 # %% ../nbs/24_data_report.ipynb #85f6deca
 def _lengths_text(report):
     "A table of the quantiles of the lengths"
     header = " ".join(f"{share:.0%}".rjust(9) for share in _QUANTILES)
     lines = [f"Lengths of {report.rows_measured:,} rows", f"  {'':24}{header}"]
-    measured = {"title in characters": report.title_characters, "content in characters": report.content_characters,
+    measured = {"title in characters": report.title_characters,
+                "content in characters": report.content_characters,
                 "example in tokens": report.example_tokens}
     for label, lengths in measured.items():
         lines.append(f"  {label:24}" + " ".join(f"{q:>9,}" for q in lengths["quantiles"].values()))
@@ -235,7 +239,8 @@ def data_report_text(
     "A report as plain text"
     remark = f"\n\n{report.remark}" if report.remark else ""
     languages = ", ".join(f"{k} {v}" for k, v in report.languages.items())
-    repeated = "\n".join(f"{r['times']:>12,}  {_one_line(r['content'])}" for r in report.most_repeated)
+    repeated = "\n".join(f"{r['times']:>12,}  {_one_line(r['content'])}"
+                         for r in report.most_repeated)
     examples = "\n".join(_example_text(e) for e in report.cleaning_examples)
     return (f"{_count_lines(report.funnel.labelled())}{remark}\n\n"
         f"Rows changed by cleaning\n{_count_lines(report.changed_by_cleaning)}\n\n"
@@ -252,7 +257,8 @@ def _plain_table(table, width=120):
     short = table.map(lambda cell: _one_line(str(cell), n))
     columns = short.to_string(index=False, justify="left")
     if len(columns.split("\n")[0]) <= width: return columns
-    blocks = ["\n".join(f"{name}: {cell}" for name, cell in row.items()) for row in short.to_dict("records")]
+    blocks = ["\n".join(f"{name}: {cell}" for name, cell in row.items())
+              for row in short.to_dict("records")]
     return "\n\n".join(blocks)
 
 def show_table(

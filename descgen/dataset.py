@@ -15,14 +15,15 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np, polars as pl, xxhash
 from filelock import FileLock, Timeout
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field,
+    StringConstraints, model_validator)
 
 from .cleaning import clean_rows, count_sentences, DEFAULT_STEPS, STEPS
 from .json_lines import DEFAULT_FIELDS, raise_bad_line, ROW_SCHEMA
 from .files import cache_folder, to_jsonl, write_text
 from .data import inspect_file, read_parts
-from .splitting import (assign_splits, deduplicate, draw_test_mask, near_duplicate_pairs, SHINGLE_WIDTH,
-    splitmix64, text_hash, title_hash)
+from .splitting import (assign_splits, deduplicate, draw_test_mask, near_duplicate_pairs,
+    SHINGLE_WIDTH, splitmix64, text_hash, title_hash)
 
 # %% ../nbs/14_dataset.ipynb #3ca4c5bc
 def _parse_float(value):
@@ -67,11 +68,13 @@ class DataSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check_min_chars(self):
-        if self.min_chars > self.max_chars: raise ValueError("min_chars must not be above max_chars")
+        if self.min_chars > self.max_chars:
+            raise ValueError("min_chars must not be above max_chars")
         return self
 
 # %% ../nbs/14_dataset.ipynb #c005
-UNUSABLE_REASONS = ["", "no_content", "no_title", "only_title"] # why a row is not used, by number: fields of `Funnel`
+# why a row is not used, by number: fields of `Funnel`
+UNUSABLE_REASONS = ["", "no_content", "no_title", "only_title"]
 
 def _letters_and_digits(column):
     "The letters and digits of a text column, in lower case"
@@ -151,7 +154,8 @@ def _write_parts(source, folder, steps, sentences, strict):
     cores = os.cpu_count() or 1
     jobs = ((parse, steps, sentences, folder/f"rows-{n:05d}.arrow", strict, source.path)
             for n, parse in enumerate(read_parts(source)))
-    with ThreadPoolExecutor(cores) as pool, open(folder/"rejected.jsonl", "w", encoding="utf-8") as out:
+    with (ThreadPoolExecutor(cores) as pool,
+          open(folder/"rejected.jsonl", "w", encoding="utf-8") as out):
         for index, rejected, examples in _map_in_order(pool, _prepare_part, jobs, cores):
             out.write(to_jsonl(rejected))
             yield index, rejected, examples
@@ -182,7 +186,8 @@ def _file_key(path):
 def _code_key():
     "A hash of the code that prepares a file and of the version of polars"
     modules = ("json_lines", "data", "cleaning", "splitting", "dataset")
-    code = b"".join(Path(importlib.util.find_spec(f"descgen.{m}").origin).read_bytes() for m in modules)
+    code = b"".join(Path(importlib.util.find_spec(f"descgen.{m}").origin).read_bytes()
+                    for m in modules)
     return hashlib.sha256(code + pl.__version__.encode()).hexdigest()[:12]
 
 # %% ../nbs/14_dataset.ipynb #c011
@@ -190,7 +195,8 @@ def _set_name(source, steps):
     "The name of a prepared set, from the file's bytes, how they are read, the cleaning steps and the code"
     settings = [source.encoding, *source.fields]
     is_default = settings == ["utf-8", *DEFAULT_FIELDS]
-    reading = "" if is_default else f"-{xxhash.xxh3_64_hexdigest(json.dumps(settings).encode())[:8]}"
+    reading = (
+        "" if is_default else f"-{xxhash.xxh3_64_hexdigest(json.dumps(settings).encode())[:8]}")
     cleaning = ".".join(s[:2] for s in STEPS if s in steps) or "raw"
     return f"{_file_key(source.path)}-{cleaning}{reading}-{_code_key()}"
 
@@ -223,7 +229,8 @@ def _prepare_new(source, folder, steps, strict, before):
     try:
         _prepare(source, unfinished, steps, strict)
         if os.stat(source.path).st_mtime_ns != before:
-            raise ValueError(f"{source.path} was changed while it was read. Start again when it is complete.")
+            raise ValueError(
+                f"{source.path} was changed while it was read. Start again when it is complete.")
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -288,7 +295,8 @@ FUNNEL_LABELS = {
     "near_duplicate_title": "near-duplicates of another title",
     "duplicate_content": "duplicates of another content",
     "near_duplicate_content": "near-duplicates of another content",
-    "train": "training rows", "test": "test rows", "over_max_length": "prompt too long for max_length",
+    "train": "training rows", "test": "test rows",
+    "over_max_length": "prompt too long for max_length",
     "unsupported": "too little supported by title and sources"}
 
 # %% ../nbs/14_dataset.ipynb #c018
@@ -362,7 +370,8 @@ def _find_pairs(folder, table, index, settings):
     n = index.height
     if settings.duplicates != "near": return {}
     if n > settings.near_up_to:
-        print(f"{n:,} usable rows are more than near_up_to={settings.near_up_to:,}: only exact duplicates are removed")
+        print(f"{n:,} usable rows are more than near_up_to={settings.near_up_to:,}: "
+              "only exact duplicates are removed")
         return {}
     return _near_duplicates(folder, table, index["row"].to_numpy(), settings.near_threshold)
 
@@ -383,7 +392,8 @@ def _test_set_remark(n_train, n_test, usable, test_size):
     if not test_size: return "No test rows: test_size=0."
     if n_test >= enough: return ""
     if n_test:
-        needed = min(0.5, math.ceil(130*enough/n)/100) # 30 % more than needed, because the test rows are sampled
+        # 30 % more than needed, because the test rows are sampled
+        needed = min(0.5, math.ceil(130*enough/n)/100)
         advice = f"Provide at least {2*enough} rows and set test_size=0.5."
         if needed*n >= enough:
             advice = f"test_size={needed} gives about {round(needed*n)}."
@@ -391,8 +401,8 @@ def _test_set_remark(n_train, n_test, usable, test_size):
         return f"Only {number}, too few to judge a run: at least {enough} are needed. {advice}"
     if usable <= 20:
         return f"No test rows: a test set needs more than 20 usable rows, found {usable}."
-    return ("No test rows: each row sampled for the test repeats the title or content of a training row, "
-            "exactly or nearly. Try another seed or a larger test_size.")
+    return ("No test rows: each row sampled for the test repeats the title or content of "
+            "a training row, exactly or nearly. Try another seed or a larger test_size.")
 
 # %% ../nbs/14_dataset.ipynb #bb1cb061
 def _drop_duplicates(order, left, keys, pairs, duplicates_by, lost):
@@ -470,8 +480,10 @@ def _raise_no_rows(path, folder, funnel):
         line = f.readline()
     first = json.loads(line) if line else None
     why = f" First rejected line: {first['line']}, {first['reason']}." if first else ""
-    counts = ", ".join(f"{k}: {v:,}" for k, v in funnel.labelled().items() if v or k == "lines read")
-    raise ValueError(f"{path}: no row to train on ({counts}).{why} A row needs a title and a content.")
+    counts = ", ".join(f"{k}: {v:,}"
+                       for k, v in funnel.labelled().items() if v or k == "lines read")
+    raise ValueError(
+        f"{path}: no row to train on ({counts}).{why} A row needs a title and a content.")
 
 # %% ../nbs/14_dataset.ipynb #9402d172
 def _most_repeated(index, table, n=5):
@@ -492,7 +504,8 @@ def _as_data(folder, about, table, splits, funnel, repeated, remark):
     from datasets import Dataset
     changed = pl.read_ipc(folder/"index.arrow", columns=["changed"]).to_series()
     rows = Dataset(table, fingerprint=folder.name)
-    splits = [rows.select(part, new_fingerprint=xxhash.xxh3_64_hexdigest(part.tobytes())) for part in splits]
+    splits = [rows.select(part, new_fingerprint=xxhash.xxh3_64_hexdigest(part.tobytes()))
+              for part in splits]
     return PreparedData(
         *splits, funnel, changed=_changed_by_step(changed, about["steps"]),
         examples=about["examples"], repeated=repeated, rejected=folder/"rejected.jsonl",

@@ -49,7 +49,8 @@ def pack_examples(
     if not packing: return [_join_examples([e]) for e in examples]
     from datasets import Dataset
     from trl import pack_dataset
-    numbers = [[i]*len(e["input_ids"]) for i, e in enumerate(examples)] # for each token its example's number
+    # for each token its example's number
+    numbers = [[i]*len(e["input_ids"]) for i, e in enumerate(examples)]
     with _no_progress_bars():
         packed = pack_dataset(Dataset.from_dict({"n": numbers}), length, strategy="bfd")
     members = [dict.fromkeys(n) for n in packed["n"]] # the example numbers of each pack
@@ -87,7 +88,8 @@ class _PackBlocks:
     def _make_block(self, number):
         "The packs of one block of rows, not shuffled"
         rows, rejected = self._block_of_rows(number)
-        examples, too_long = encode_rows(rows, self.tokenizer, self.parts, self.max_length, self.loss_on)
+        examples, too_long = encode_rows(
+            rows, self.tokenizer, self.parts, self.max_length, self.loss_on)
         self.rejected[number] = rejected + too_long
         return pack_examples(examples, self.max_length, self.packing) if examples else []
 
@@ -108,7 +110,8 @@ class _ShuffledBlocks(_PackBlocks):
         self._ends = [0] # cumulative number of packs, after each block read
 
     def __getstate__(self): # the values that identify these packs when they are hashed
-        settings = self.parts, self.max_length, self.loss_on, self.packing, self.seed, self.block_rows
+        settings = (self.parts, self.max_length, self.loss_on,
+                    self.packing, self.seed, self.block_rows)
         grounding = (self.grounding.n_sources, self.grounding.targets) if self.grounding else None
         return self.rows._fingerprint, *settings, grounding
 
@@ -134,11 +137,13 @@ class Packs(_ShuffledBlocks):
         "Extend `_ends` to the first `n_blocks` blocks read, counted over all epochs"
         from tqdm import tqdm
         uncounted = range(len(self._ends) - 1, n_blocks)
-        for n in tqdm(uncounted, desc="packing", unit="block", delay=2, disable=n_blocks <= len(self._ends)):
+        for n in tqdm(uncounted, desc="packing", unit="block",
+                delay=2, disable=n_blocks <= len(self._ends)):
             self._ends.append(self._ends[-1] + len(self._read_block(n)))
             if n + 1 == self.n_blocks and not self._ends[-1]:
-                raise ValueError(f"No row fits into max_length={self.max_length} tokens: even the shortest prompt "
-                    "leaves no room for a content. Set max_length higher; 512 is enough for most descriptions.")
+                raise ValueError(f"No row fits into max_length={self.max_length} tokens: "
+                                 "even the shortest prompt leaves no room for a content. "
+                                 "Set max_length higher; 512 is enough for most descriptions.")
 
     def __getitem__(self, i):
         while self._ends[-1] <= i:
