@@ -157,8 +157,8 @@ def _read_recipe(path):
     from descgen.recipe import refuse_converted_text
     values = _read_yaml(path) or {}
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a recipe, which has a line `name: "
-                         f"value` for each parameter, but a {type(values).__name__}.")
+        raise ValueError(f"{path} is not a recipe, which has a line `name: value` "
+                         f"for each parameter, but a {type(values).__name__}.")
     refuse_converted_text(values, path)
     return values
 
@@ -265,10 +265,12 @@ def _previous_run(folder):
 def _next_commands(folder, root):
     "Lines with commands for a finished run"
     if (folder/"adapter").is_dir():
-        yield f"test it on other data:  {_command('evaluate', '--adapter', folder/'adapter', '--data', 'FILE')}"
+        yield ("test it on other data:  "
+               f"{_command('evaluate', '--adapter', folder/'adapter', '--data', 'FILE')}")
     previous = _previous_run(folder) if folder.parent.resolve() == root.resolve() else None
     if previous:
-        yield f"compare it with the run before:  {_command('diff', previous, folder.name, root=root)}"
+        yield ("compare it with the run before:  "
+               f"{_command('diff', previous, folder.name, root=root)}")
 
 def _finished_lines(folder, root):
     "The verdict, the paths of a finished run's files, and the next commands"

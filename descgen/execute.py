@@ -45,7 +45,8 @@ def _headings(cells):
         yield heading
 
 # %% ../nbs/73_execute.ipynb #259be368
-def _client_class(): # a function, because Papermill takes as long to import as all other imports of this module
+# a function, because Papermill takes as long to import as all other imports of this module
+def _client_class():
     "Papermill's client, but printing text only: streams and Markdown"
     from nbformat.v4 import new_output
     from papermill.clientwrap import PapermillNotebookClient

@@ -211,8 +211,8 @@ def _label_spans(example, tokenizer):
 
 def _token_box(tokenizer, i, label):
     "One token as HTML, marked if it has a loss"
-    text = html.escape(tokenizer.decode([i], clean_up_tokenization_spaces=False)).replace(
-        "\n", "↵") or "·"
+    text = (html.escape(tokenizer.decode([i], clean_up_tokenization_spaces=False))
+            .replace("\n", "↵") or "·")
     return f"<mark>{text}</mark>" if label != IGNORE_INDEX else f"<code>{text}</code>"
 
 # %% ../nbs/20_formatting.ipynb #5f0f8d9f

@@ -132,10 +132,11 @@ def check_gpu():
     name, driver = (part.strip() for part in gpu.rsplit(",", 1))
     built = (f"was built for CUDA {torch.version.cuda}" if torch.version.cuda
              else "was built without CUDA")
-    raise RuntimeError(f"PyTorch {torch.__version__} cannot use this machine's GPU: "
-                       f"it {built}, and the GPU ({name}) has driver {driver}. Update the driver, "
-                       "or install a PyTorch built for a CUDA that the driver supports. "
-                       "To train on the CPU, set CUDA_VISIBLE_DEVICES to the empty string.")
+    raise RuntimeError(
+        f"PyTorch {torch.__version__} cannot use this machine's GPU: "
+        f"it {built}, and the GPU ({name}) has driver {driver}. "
+        "Update the driver, or install a PyTorch built for a CUDA that the driver supports. "
+        "To train on the CPU, set CUDA_VISIBLE_DEVICES to the empty string.")
 
 # %% ../nbs/33_model.ipynb #592aad86
 def _hub_is_reachable():
@@ -165,7 +166,8 @@ def _model_source(model_id):
     except (OSError, RuntimeError, ValueError) as e:
         reason = str(e).strip().split("\n")[0]
         if offline:
-            reason = "the hub cannot be reached and its cache on this machine does not contain the model"
+            reason = ("the hub cannot be reached "
+                      "and its cache on this machine does not contain the model")
         raise OSError(f"model_id={model_id!r} could not be loaded: {reason}. "
                       "A hub model needs a network and, if it is gated, HF_TOKEN in the "
                       "environment; a folder needs config.json and safetensors files; "
