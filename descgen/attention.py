@@ -51,7 +51,9 @@ def _example_heads(q, k, v, span, scale):
     start, end, context = span
     heads = len(k)
     Q = slice_heads(q, start, end, 0, heads)*scale
-    return Q, slice_heads(k, start, end, context, heads), slice_heads(v, start, end, context, heads)
+    K = slice_heads(k, start, end, context, heads)
+    V = slice_heads(v, start, end, context, heads)
+    return Q, K, V
 
 def _example_gradients(grad, Q, K, V, weights):
     "Gradients of the scaled queries, of the keys and of the values of one example"
@@ -84,7 +86,9 @@ def _packed_output(q, k, v, spans, scale):
 def _packed_gradients(grad, saved, spans, scale):
     "Gradients of queries, keys and values from the output's gradient and the tensors saved by the forward pass"
     q, k, v, *stored_weights = saved
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    grad_q = torch.empty_like(q)
+    grad_k = torch.zeros_like(k)
+    grad_v = torch.zeros_like(v)
     for span, weights in zip(spans, stored_weights):
         start, end, _ = span
         Q, K, V = _example_heads(q, k, v, span, scale)
@@ -111,7 +115,8 @@ class PackedCausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         "Compute the gradients of `q`, `k` and `v`"
-        return *_packed_gradients(grad, ctx.saved_tensors, ctx.spans, ctx.scale), None, None
+        gradients = _packed_gradients(grad, ctx.saved_tensors, ctx.spans, ctx.scale)
+        return *gradients, None, None
 
 # %% ../nbs/31_attention.ipynb #bf62d764
 def decode_attention(query, key, value, mask, scale):

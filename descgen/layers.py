@@ -20,7 +20,8 @@ def addmm_lora(X, X_lora, W, A, B, s):
     if s == 1:
         B, s = B/2, 2
     delta = X_lora.reshape(-1, X.shape[-1]) @ A.to(X.dtype).t() @ B.to(X.dtype).t()
-    return delta.addmm_(X.reshape(-1, X.shape[-1]), W.t(), beta=s).view(*X.shape[:-1], -1)
+    rows = X.reshape(-1, X.shape[-1])
+    return delta.addmm_(rows, W.t(), beta=s).view(*X.shape[:-1], -1)
 
 # %% ../nbs/32_layers.ipynb #23795f42
 def _is_supported(X, W, state):
@@ -49,7 +50,9 @@ def decode_lora(X, W, state, A, B, s):
     if total is None:
         weight = utils.fast_dequantize(W, state, use_global_buffer=True, dtype=X.dtype)
         total = torch.mm(X[:, 0], weight.t(), out_dtype=torch.float32)
-    return torch.addmm(total, X[:, 0] @ A.t(), B.t(), out_dtype=torch.float32, alpha=s)[:, None]
+    inner = X[:, 0] @ A.t()
+    total = torch.addmm(total, inner, B.t(), out_dtype=torch.float32, alpha=s)
+    return total[:, None]
 
 # %% ../nbs/32_layers.ipynb #da56bc3f
 def _rounded_matmul_lora(original, utils):
@@ -75,7 +78,8 @@ def _rounded_matmul_lora_ext(original, utils):
 def _rounded_linear(original, utils):
     "Unsloth's function for one token, summed in float32 if the weight is supported"
     def fast_linear_forward(proj, X, temp_lora=None, out=None):
-        if X.shape[1] != 1 or not has_plain_adapter(proj): return original(proj, X, temp_lora, out)
+        if X.shape[1] != 1 or not has_plain_adapter(proj):
+            return original(proj, X, temp_lora, out)
         W, state, A, B, s, bias = utils.get_lora_parameters_bias(proj)
         if bias is not None or not _is_supported(X, W, state):
             return original(proj, X, temp_lora, out)
@@ -87,9 +91,11 @@ def _rounded_linear(original, utils):
 def unsloth_replacements()->dict: # Unsloth's functions and their replacements
     "Unsloth's three functions that add an adapter's output, and the same rounded once"
     from unsloth.kernels import fast_lora, utils
-    matmul, matmul_ext, linear = (utils.matmul_lora,
-        fast_lora._matmul_lora_ext, utils.fast_linear_forward)
-    return {matmul: _rounded_matmul_lora(matmul, utils),
+    matmul = utils.matmul_lora
+    matmul_ext = fast_lora._matmul_lora_ext
+    linear = utils.fast_linear_forward
+    return {
+        matmul: _rounded_matmul_lora(matmul, utils),
         matmul_ext: _rounded_matmul_lora_ext(matmul_ext, utils),
         linear: _rounded_linear(linear, utils)}
 

@@ -52,7 +52,8 @@ def _lora_gradients(grad, saved, base):
     grad_A = grad_inner.T @ _masked(rows, mask)
     grad_B = grad.T @ inner
     weight = _dequantized_weight(base, grad.dtype)
-    return torch.addmm(_masked(grad_inner @ A, mask), grad, weight), grad_A.float(), grad_B.float()
+    grad_x = torch.addmm(_masked(grad_inner @ A, mask), grad, weight)
+    return grad_x, grad_A.float(), grad_B.float()
 
 # %% ../nbs/30_lora.ipynb #ce2feb13
 class FusedLoRALinear(torch.autograd.Function):
