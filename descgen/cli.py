@@ -175,8 +175,8 @@ def _merge_parameters(recipes, pairs):
     sources += [("-p", {name: parse_parameter(name, text)}) for name, text in pairs]
     merged, overridden = {}, []
     for source, values in sources:
-        changed = [name
-                   for name, value in values.items() if name in merged and merged[name] != value]
+        changed = [name for name, value in values.items()
+                   if name in merged and merged[name] != value]
         overridden += [f"{name}: {values[name]!r} from {source}, not {merged[name]!r}"
                        for name in changed]
         merged |= values
@@ -223,8 +223,8 @@ def _execute(folder, given, root, notebook):
     "Execute into a run's folder, and print its name; the manifest. Ends with 130 after Ctrl-C, as shells do"
     from descgen.execute import execute
     command = _resume_command(folder, root, notebook)
-    parameters = {name: value
-                  for name, value in given.items() if name not in ("output_dir", "overwrite")}
+    parameters = {name: value for name, value in given.items()
+                  if name not in ("output_dir", "overwrite")}
     typer.echo(f"{folder}", err=True)
     try:
         return execute(folder, parameters, notebook)
@@ -463,8 +463,8 @@ def _check_repeatable(manifest, allow):
     from descgen.compare import repeat_blockers
     if manifest.state != "finished":
         raise ValueError(f"{manifest.id} is {manifest.state}: only a finished run can be repeated.")
-    missing = " and no ".join(entry
-        for entry in ("given", "adapter_sha256") if getattr(manifest, entry) is None)
+    missing = " and no ".join(entry for entry in ("given", "adapter_sha256")
+                              if getattr(manifest, entry) is None)
     if missing:
         raise ValueError(f"The manifest of {manifest.id} has no {missing}: it cannot be repeated.")
     blockers = "; ".join(repeat_blockers(manifest, tuple(allow or ())))

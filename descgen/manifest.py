@@ -214,8 +214,8 @@ def _read_entries(path):
         raise ValueError(f"{MANIFEST} is not JSON")
     if not isinstance(entries, dict) or not isinstance(entries.get("state"), str):
         raise ValueError(f"{MANIFEST} has no state")
-    return {name: value
-            for name, value in entries.items() if value is not None and name not in ("id", "why")}
+    return {name: value for name, value in entries.items()
+            if value is not None and name not in ("id", "why")}
 
 def _validate(entries):
     "A manifest from the entries of any schema up to the present one; ValueError if one has a wrong type"

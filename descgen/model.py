@@ -220,8 +220,8 @@ def _list_model_files(source):
               else try_to_load_from_cache(source, "config.json"))
     if not isinstance(config, str | Path): return {}
     suffixes = (".json", ".safetensors", ".jinja", ".model")
-    return {p.name: p
-            for p in sorted(Path(config).parent.iterdir()) if p.is_file() and p.suffix in suffixes}
+    return {p.name: p for p in sorted(Path(config).parent.iterdir())
+            if p.is_file() and p.suffix in suffixes}
 
 def model_fingerprint(
     model, # from `load_model`, with or without an adapter

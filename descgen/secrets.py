@@ -27,8 +27,8 @@ REDACTED = "[hidden]"
 
 def _known_secrets(environ):
     "Values of variables with the name of a secret, longest first; values under 8 characters would hide ordinary words"
-    values = {value
-              for name, value in environ.items() if _SECRET_NAME.search(name) and len(value) >= 8}
+    values = {value for name, value in environ.items()
+              if _SECRET_NAME.search(name) and len(value) >= 8}
     return sorted(values, key=len, reverse=True)
 
 @lru_cache(1)

@@ -30,8 +30,8 @@ def expand_sweep(
         raise ValueError(f"A sweep can have base, grid and sets, but not {', '.join(unknown)}.")
     base, grid, sets = [_as_mapping(f"A sweep's {part}", sweep.get(part)) for part in parts]
     sets = [_as_mapping(f"The set {name!r}", given) for name, given in sets.items()] or [{}]
-    wrong = [str(name)
-             for name, values in grid.items() if not isinstance(values, list) or not values]
+    wrong = [str(name) for name, values in grid.items()
+             if not isinstance(values, list) or not values]
     if wrong:
         raise ValueError(
             f"A grid needs a list of values for each parameter; {', '.join(wrong)} has none.")

@@ -196,8 +196,8 @@ HEADS = {
     "learning": ["model", "steps", "test loss before, nats per token", "after"]}
 
 def tables(read):
-    records = {model: record
-               for model in ("llama", "embedded") if (record := read(f"gpu-proofs-{model}"))}
+    records = {model: record for model in ("llama", "embedded")
+               if (record := read(f"gpu-proofs-{model}"))}
     if not records:
         return {}
     rows = {name: [] for name in HEADS}
