@@ -15,9 +15,11 @@ from pathlib import Path
 from .measure import RESULTS, ROOT
 
 SUBJECTS = { # name → module
-    "data": "data", "formats": "formats", "train": "train", "sweep": "sweep", "write": "write", "sources": "sources",
+    "data": "data", "formats": "formats", "train": "train",
+    "sweep": "sweep", "write": "write", "sources": "sources",
     "evaluate": "evaluate", "runs": "runs", "catalogue": "catalogue", "tables": "tables",
-    "gpu": "gpu.all", "gpu-models": "gpu.models", "gpu-speed": "gpu.speed", "gpu-write": "gpu.write",
+    "gpu": "gpu.all", "gpu-models": "gpu.models",
+    "gpu-speed": "gpu.speed", "gpu-write": "gpu.write",
     "gpu-precision": "gpu.precision", "gpu-rounding": "gpu.rounding", "gpu-proofs": "gpu.proofs",
     "gpu-notebook": "gpu.notebook", "gpu-fallbacks": "gpu.fallbacks"}
 

@@ -15,7 +15,8 @@ from pathlib import Path
 ROWS = 2_248_619
 MEDIAN, SIGMA = 398, 1.0 # characters of a content; the quartiles 194 and 805 give the width
 LONGEST, LONGEST_TITLE = 197_622, 1_999 # characters
-EMPTY, SHORT, DUPLICATE = .27, .02, .10 # guesses that leave the 1.36 million rows that are known to be left
+# guesses that leave the 1.36 million rows that are known to be left
+EMPTY, SHORT, DUPLICATE = .27, .02, .10
 NEAR_DUPLICATE = .02 # a guess: an earlier content with a few of its words exchanged
 DIRTY = .3 # a guess: rows with numeric entities
 ENTITIES = ["&#8217;", "&#8220;", "&#8221;", "&#8211;", "&#8212;", "&#233;", "&amp;", "&#x27;"]
@@ -28,7 +29,8 @@ def add_options(parser):
 
 def add_words_option(parser):
     "The option that all users of a catalogue have"
-    parser.add_argument("--words", nargs="+", type=Path, default=[Path("data/sample.jsonl")], metavar="FILE",
+    parser.add_argument("--words", nargs="+", type=Path,
+                        default=[Path("data/sample.jsonl")], metavar="FILE",
                         help="JSON Lines files whose words the rows are made of")
 
 def runs_of_words(files):

@@ -21,11 +21,12 @@ from unittest.mock import patch
 
 from .catalogue import ROWS, add_words_option, make_catalogue
 from .markdown import circumstances, markdown_table
-from .measure import (NOTEBOOK, SCRATCH, interleaved, peak_memory_gb, print_result, read_jsonl, run_child,
-                      save_result)
+from .measure import (NOTEBOOK, SCRATCH, interleaved, peak_memory_gb, print_result, read_jsonl,
+    run_child, save_result)
 
 RECIPE = dict(min_chars=20, max_chars=20_000) # of all ways
-BAD_LINES = 1000 # or a hundredth of the lines: a file with many more counts as one in another encoding
+# or a hundredth of the lines: a file with many more counts as one in another encoding
+BAD_LINES = 1000
 NOT_COUNTED = ("load_model", "completion_loss") # cells that load the model or judge the base model
 PAIRS = 4 # of limit and descgen, with nothing else running
 
@@ -33,7 +34,8 @@ def add_options(parser):
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--rounds", type=int, default=3)
     add_words_option(parser)
-    parser.add_argument("--child", nargs=3, metavar=("NAME", "PATH", "CACHE"), help="one measurement in this process")
+    parser.add_argument("--child", nargs=3, metavar=("NAME", "PATH", "CACHE"),
+        help="one measurement in this process")
 
 # The ways: each gets a catalogue and an empty cache folder
 
@@ -51,7 +53,8 @@ def load_usual(path, cache):
     from datasets import disable_progress_bars, load_dataset
     disable_progress_bars()
     rows = load_dataset("json", data_files=str(path), split="train", cache_dir=cache)
-    return rows.filter(lambda r: RECIPE["min_chars"] <= len(r["content"].strip()) <= RECIPE["max_chars"])
+    return rows.filter(
+        lambda r: RECIPE["min_chars"] <= len(r["content"].strip()) <= RECIPE["max_chars"])
 
 def usual(path, cache):
     "load_dataset, filter, map, train_test_split, as the documentation shows them"
@@ -60,7 +63,8 @@ def usual(path, cache):
     rows = load_usual(path, cache)
     rows = rows.map(lambda r: {"title": r["title"].strip(), "content": r["content"].strip()})
     split = rows.train_test_split(test_size=0.05, seed=42)
-    return {"seconds": time.perf_counter() - start, "rows": len(split["train"]) + len(split["test"])}
+    return {"seconds": time.perf_counter() - start,
+            "rows": len(split["train"]) + len(split["test"])}
 
 def descgen(path, cache, near_up_to=0):
     "load_data with cleaning and a search for exact duplicates, its default for two million rows"
@@ -88,7 +92,8 @@ def usual_start(path, cache):
         pairs = zip(batch["title"], batch["content"])
         return {"text": [chat_text(tokenizer, title, content) for title, content in pairs]}
     def ids(batch):
-        encoded = tokenizer(batch["text"], add_special_tokens=False, truncation=True, max_length=1024)
+        encoded = tokenizer(batch["text"], add_special_tokens=False,
+            truncation=True, max_length=1024)
         return {"input_ids": encoded.input_ids}
     start = time.perf_counter()
     rows = load_usual(path, cache).train_test_split(test_size=0.05, seed=42)["train"]
@@ -127,7 +132,8 @@ def calls(source, name):
 def cells_to_first_step():
     "The notebook's code cells up to the one that calls `train`, without the one for Colab"
     import nbformat
-    cells = [c for c in nbformat.read(NOTEBOOK, 4).cells if c.cell_type == "code" and "google.colab" not in c.source]
+    cells = [c for c in nbformat.read(NOTEBOOK, 4).cells
+             if c.cell_type == "code" and "google.colab" not in c.source]
     for i, cell in enumerate(cells):
         if calls(cell.source, "train"):
             return cells[:i + 1]
@@ -165,7 +171,8 @@ def spoil(path, spoiled):
     with open(path, "rb") as f:
         n = sum(1 for _ in f)
     at = set(random.Random(42).sample(range(1, n + 1), min(BAD_LINES, n//100)))
-    kinds = [b"{", b"[1]", b'{"title": "x"}', b'{"title": 5, "content": "y"}', b'{"title": "\xff", "content": "y"}']
+    kinds = [b"{", b"[1]", b'{"title": "x"}', b'{"title": 5, "content": "y"}',
+             b'{"title": "\xff", "content": "y"}']
     with open(path, "rb") as f, open(spoiled, "wb") as out:
         for i, line in enumerate(f, 1):
             out.write(kinds[i % 5] + b"\n" if i in at else line)
@@ -180,7 +187,8 @@ def bad_lines(path, cache):
     data = load_data(spoiled, DataSettings(**RECIPE), cache)
     spent = time.perf_counter() - start
     found = {r["line"] for r in read_jsonl(data.rejected)}
-    return {"seconds": spent, "rows": len(data.train) + len(data.test), "right": found == at, "found": len(found)}
+    return {"seconds": spent, "rows": len(data.train) + len(data.test),
+            "right": found == at, "found": len(found)}
 
 WAYS = {f.__name__: f for f in (limit, usual, descgen, near, usual_start, descgen_start, bad_lines)}
 
@@ -252,7 +260,8 @@ def summarize_growth(rows, found):
     "One line of the table of sizes"
     took = {name: found[name]["first"]["seconds"] for name in ("usual", "descgen", "near")}
     memory = {name: found[name]["first"]["memory_gb"] for name in took}
-    return {"rows": int(rows), **took, "again": found["descgen"]["again"]["seconds"], "memory_gb": memory}
+    return {"rows": int(rows), **took,
+            "again": found["descgen"]["again"]["seconds"], "memory_gb": memory}
 
 def summarize_pairs(pairs):
     "Limit and descgen one after the other, and their ratio"
@@ -274,7 +283,8 @@ def summarize(found, rows):
         "memory_gb": {name: largest(rounds, name) for name in took},
         "rows_out": {name: rounds[0][name]["first"]["rows"] for name in ("usual", "descgen")},
         "start": {"usual": found["usual_start"]["usual_start"]["first"]["seconds"],
-                  "descgen": median(start, "descgen_start"), "again": median(start, "descgen_start", "again")},
+                  "descgen": median(start, "descgen_start"),
+                  "again": median(start, "descgen_start", "again")},
         "bad_lines": found["bad_lines"]["bad_lines"]["first"],
         "pairs": summarize_pairs(found["pairs"]),
         "growth": [summarize_growth(n, r) for n, r in found["growth"].items()],
@@ -282,21 +292,27 @@ def summarize(found, rows):
 
 def main_table(s):
     "The ways beside each other"
-    took, memory, out, start, bad = (s[k] for k in ("seconds", "memory_gb", "rows_out", "start", "bad_lines"))
-    ratios = f"{s['faster_than_usual']:.1f} × as fast as usual, {s['times_the_limit']:.1f} × the limit"
+    took, memory, out, start, bad = (s[k]
+        for k in ("seconds", "memory_gb", "rows_out", "start", "bad_lines"))
+    ratios = (
+        f"{s['faster_than_usual']:.1f} × as fast as usual, {s['times_the_limit']:.1f} × the limit")
     right = "exactly these" if bad["right"] else "NOT THE RIGHT ONES"
     return markdown_table(["", "usual", "descgen", "limit", "descgen is"], [
-        ["load to split, first run", *(f"{took[k]:.1f} s" for k in ("usual", "descgen", "limit")), ratios],
+        ["load to split, first run",
+         *(f"{took[k]:.1f} s" for k in ("usual", "descgen", "limit")), ratios],
         ["load to split, second run", "", f"{took['again']:.1f} s", "", ""],
         ["peak memory", *(f"{memory[k]:.2f} GB" for k in ("usual", "descgen", "limit")), ""],
         ["rows out", f"{out['usual']:,}", f"{out['descgen']:,} (no duplicates)", "", ""],
-        ["start to first step, first run", f"{start['usual']:.0f} s", f"{start['descgen']:.1f} s", "", ""],
+        ["start to first step, first run", f"{start['usual']:.0f} s",
+         f"{start['descgen']:.1f} s", "", ""],
         ["start to first step, second run", "", f"{start['again']:.1f} s", "", ""],
-        ["a thousand bad lines", "", f"{bad['seconds']:.1f} s, {bad['found']:,} rejected, {right}", "", ""]])
+        ["a thousand bad lines", "",
+         f"{bad['seconds']:.1f} s, {bad['found']:,} rejected, {right}", "", ""]])
 
 def growth_table(s):
     "The ways at three sizes"
-    head = ["rows", "usual", "descgen", "descgen again", "near-duplicates too", "memory: usual, descgen, near"]
+    head = ["rows", "usual", "descgen", "descgen again",
+            "near-duplicates too", "memory: usual, descgen, near"]
     rows = []
     for g in s["growth"]:
         took = [f"{g[k]:.1f} s" for k in ("usual", "descgen", "again", "near")]
@@ -308,7 +324,8 @@ def pairs_table(s):
     "Limit and descgen alternating"
     pairs, middle = s["pairs"]["each"], s["pairs"]["median"]
     rows = [[i, f"{p['limit']:.1f} s", f"{p['descgen']:.1f} s", ""] for i, p in enumerate(pairs, 1)]
-    last = ["median", f"{middle['limit']:.1f} s", f"{middle['descgen']:.1f} s", f"{middle['ratio']:.1f}"]
+    last = ["median", f"{middle['limit']:.1f} s",
+            f"{middle['descgen']:.1f} s", f"{middle['ratio']:.1f}"]
     return markdown_table(["pair", "limit", "descgen", "ratio"], [*rows, last])
 
 def tables(read):

@@ -18,7 +18,8 @@ def run(args):
     words = ["evaluate", "--adapter", args.adapter.resolve(), "--data", args.rows.resolve()]
     command = [sys.executable, "-c", "from descgen.cli import app; app()", *map(str, words)]
     def evaluate():
-        return seconds(lambda: subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL))
+        return seconds(
+            lambda: subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL))
     found = interleaved({"seconds": evaluate}, args.rounds)
     save_result(args.results, "evaluate", medians(found), found, args.rounds)
 

@@ -17,14 +17,16 @@ from .markdown import circumstances, markdown_table
 from .measure import interleaved, peak_memory_gb, print_result, run_child, save_result
 
 ROWS = 140_538
-FORMATS = {"JSON Lines": "rows.jsonl", "CSV": "rows.csv", "CSV, .gz": "rows.csv.gz", "JSON array": "rows.json",
+FORMATS = {"JSON Lines": "rows.jsonl", "CSV": "rows.csv",
+           "CSV, .gz": "rows.csv.gz", "JSON array": "rows.json",
            "Parquet": "rows.parquet"}
 
 def add_options(parser):
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--rounds", type=int, default=3)
     add_words_option(parser)
-    parser.add_argument("--child", nargs=2, metavar=("READER", "PATH"), help="one measurement in this process")
+    parser.add_argument("--child", nargs=2, metavar=("READER", "PATH"),
+        help="one measurement in this process")
 
 def write_formats(folder, rows, words):
     "The same catalogue in every format"
@@ -69,10 +71,12 @@ def summarize(found, megabytes, rows):
     "The figures of the table, by format"
     summary = {}
     for name in found[0]:
-        took = {reader: statistics.median(r[name][reader]["seconds"] for r in found) for reader in READERS}
+        took = {reader: statistics.median(r[name][reader]["seconds"] for r in found)
+                for reader in READERS}
         memory = max(r[name]["descgen"]["memory_gb"] for r in found)
         summary[name] = {"megabytes": megabytes[name], "descgen": took["descgen"],
-                         "rows_per_second": rows/took["descgen"], "memory_gb": memory, "polars": took["polars"]}
+                         "rows_per_second": rows/took["descgen"],
+                         "memory_gb": memory, "polars": took["polars"]}
     return summary
 
 def run(args):
@@ -94,7 +98,8 @@ def tables(read):
     head = ["format", "size", "descgen", "rows per second", "memory", "polars alone"]
     rows = []
     for name, f in s["formats"].items():
-        rows.append([name, f"{f['megabytes']:,.0f} MB", f"{f['descgen']:.1f} s", f"{f['rows_per_second']:,.0f}",
+        rows.append([name, f"{f['megabytes']:,.0f} MB",
+                     f"{f['descgen']:.1f} s", f"{f['rows_per_second']:,.0f}",
                      f"{f['memory_gb']:.2f} GB", f"{f['polars']:.1f} s"])
     about = f"{s['rows']:,} rows, one thread of Python. {circumstances(record, 'polars')}"
     return {"formats": [about, "", *markdown_table(head, rows)]}

@@ -22,13 +22,15 @@ def place(machine):
     if machine["gpu"]:
         return machine["gpu"]
     processor = f" ({machine['processor']})" if machine["processor"] else ""
-    return f"{machine['cores']} cores{processor}" + (f", {machine['system']}" if machine["system"] else "")
+    return (f"{machine['cores']} cores{processor}"
+            + (f", {machine['system']}" if machine["system"] else ""))
 
 def when(record):
     "When a result was measured or, if that is not known, published"
     if record["date"]:
         return f"measured on {record['date'][:10]}"
-    return f"published on {record['published']}" + ("" if record["raw"] else "; the rounds are not kept")
+    return (f"published on {record['published']}"
+            + ("" if record["raw"] else "; the rounds are not kept"))
 
 def notes(record):
     "What a result says of itself"

@@ -100,8 +100,10 @@ def save_result(
 ):
     "Write `name`.json with the command, the date, the machine, the versions and the figures"
     record = {"name": name, "command": "python -m bench " + shlex.join(sys.argv[1:]),
-              "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": machine(),
-              "versions": versions(), "rounds": rounds, "statistic": statistic, "summary": summary, "raw": raw}
+              "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+              "machine": machine(),
+              "versions": versions(), "rounds": rounds,
+              "statistic": statistic, "summary": summary, "raw": raw}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder/f"{name}.json"
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -47,7 +47,8 @@ def time_commands(args, folder):
     one, other = copy_runs(args.run.resolve(), folder/"runs", args.runs)
     words = {"descgen --help": ["--help"], f"descgen runs, of {args.runs:,}": ["runs", *root],
              "descgen diff A B": ["diff", one, other, *root],
-             "descgen diff A B --page": ["diff", one, other, "--page", str(folder/"page.html"), *root]}
+             "descgen diff A B --page": ["diff", one, other,
+                 "--page", str(folder/"page.html"), *root]}
     ways = {name: (lambda w=w: command_seconds("descgen", *w)) for name, w in words.items()}
     return interleaved(ways, args.rounds)
 
@@ -55,18 +56,21 @@ def time_pairs(args, folder):
     "Seconds of short runs by Papermill and by `descgen run`, after one that does not count"
     def papermill():
         work = tempfile.mkdtemp(dir=folder)
-        given = ["fine_tune_llama3.ipynb", f"{work}/out.ipynb", *SHORT, "-p", "output_dir", f"{work}/run"]
+        given = ["fine_tune_llama3.ipynb", f"{work}/out.ipynb",
+                 *SHORT, "-p", "output_dir", f"{work}/run"]
         return command_seconds("papermill", *given)
     def descgen_run():
         return command_seconds("descgen", "run", "--root", str(folder/"short"), *SHORT)
     if args.pairs:
         papermill()
-    return interleaved({"papermill": papermill, "descgen run": descgen_run}, args.pairs, alternate=True)
+    return interleaved(
+        {"papermill": papermill, "descgen run": descgen_run}, args.pairs, alternate=True)
 
 def summarize_pairs(pairs, run_seconds):
     "Medians, and how much longer `descgen run` takes"
     more = [p["descgen run"] - p["papermill"] for p in pairs]
-    return {"seconds": medians(pairs), "pairs": len(pairs), "least_more": min(more), "most_more": max(more),
+    return {"seconds": medians(pairs), "pairs": len(pairs),
+            "least_more": min(more), "most_more": max(more),
             "run_minutes": run_seconds/60, "second_of_run": 1/run_seconds}
 
 def run(args):
@@ -77,7 +81,8 @@ def run(args):
     finally:
         shutil.rmtree(folder)
     run_seconds = read_manifest(args.run.resolve()).minutes*60
-    summary = {"commands": medians(commands), "pairs": summarize_pairs(pairs, run_seconds) if pairs else None}
+    summary = {"commands": medians(commands),
+               "pairs": summarize_pairs(pairs, run_seconds) if pairs else None}
     save_result(args.results, "runs", summary, {"commands": commands, "pairs": pairs}, args.rounds)
 
 def pairs_table(pairs):
@@ -85,8 +90,10 @@ def pairs_table(pairs):
     took = pairs["seconds"]
     more = f"{pairs['least_more']:+.1f} to {pairs['most_more']:+.1f} s"
     share = f"{pairs['second_of_run']:.1%} of {pairs['run_minutes']:.1f} minutes"
-    head = ["pairs", "Papermill", "`descgen run`", "difference in a pair", "one second, of `make run`"]
-    row = [pairs["pairs"], f"{took['papermill']:.1f} s", f"{took['descgen run']:.1f} s", more, share]
+    head = ["pairs", "Papermill", "`descgen run`",
+            "difference in a pair", "one second, of `make run`"]
+    row = [pairs["pairs"], f"{took['papermill']:.1f} s",
+           f"{took['descgen run']:.1f} s", more, share]
     return markdown_table(head, [row])
 
 def tables(read):

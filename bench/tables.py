@@ -14,7 +14,8 @@ from .measure import ROOT, read_result
 README = ROOT/"bench"/"README.md"
 
 def add_options(parser):
-    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if the page would change")
+    parser.add_argument("--check", action="store_true",
+        help="write nothing; end with 1 if the page would change")
 
 def all_tables(folder):
     "Marker → text, of all subjects"
@@ -32,12 +33,14 @@ def render(page, tables):
         pattern = rf"(?s)(<!-- {re.escape(marker)} -->\n).*?(<!-- /{re.escape(marker)} -->)"
         page, n = re.subn(pattern, lambda m: f"{m[1]}{text}\n{m[2]}", page)
         if n != 1:
-            sys.exit(f"bench/README.md must have <!-- {marker} --> and <!-- /{marker} --> once; found {n} times.")
+            sys.exit(f"bench/README.md must have <!-- {marker} --> and <!-- /{marker} --> once; "
+                     f"found {n} times.")
     return page
 
 def run(args):
     page = README.read_text(encoding="utf-8")
     rendered = render(page, all_tables(args.results))
     if args.check:
-        sys.exit(None if page == rendered else "bench/README.md is not up to date: python -m bench tables")
+        sys.exit(None if page == rendered
+            else "bench/README.md is not up to date: python -m bench tables")
     README.write_text(rendered, encoding="utf-8")

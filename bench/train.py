@@ -27,25 +27,32 @@ import time
 from pathlib import Path
 
 from .markdown import circumstances, markdown_table
-from .measure import NOTEBOOK, ROOT, peak_memory_gb, print_result, read_jsonl, run_child, save_result
+from .measure import (NOTEBOOK, ROOT, peak_memory_gb, print_result, read_jsonl, run_child,
+    save_result)
 
 BATCH, RATE, LENGTH, HELD_OUT = 16, 5e-4, 512, 40
-FLOAT32 = os.environ.get("UNSLOTH_CPU_BF16") == "0" # what --float32 sets for the measurements' own processes
+# what --float32 sets for the measurements' own processes
+FLOAT32 = os.environ.get("UNSLOTH_CPU_BF16") == "0"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = dict(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=TARGETS)
-SAME = dict(learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, per_device_train_batch_size=4,
+SAME = dict(learning_rate=RATE, lr_scheduler_type="constant",
+            warmup_steps=0, per_device_train_batch_size=4,
             gradient_accumulation_steps=1) # as the others' recipe in descgen's words
 
 def add_options(parser):
-    parser.add_argument("data", type=Path, help="rows; of a child process, the folder with its files")
+    parser.add_argument("data", type=Path,
+        help="rows; of a child process, the folder with its files")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="of 16 rows")
-    parser.add_argument("--only", nargs="+", choices=[*SYSTEMS], help="some systems; their losses are judged, too")
+    parser.add_argument("--only", nargs="+", choices=[*SYSTEMS],
+        help="some systems; their losses are judged, too")
     parser.add_argument("--float32", action="store_true")
     parser.add_argument("--trl", type=Path, default=ROOT/".bench"/"trl", help="folder of plain TRL")
-    parser.add_argument("--llamafactory", type=Path, default=ROOT/".bench"/"llamafactory"/"bin"/"python",
+    parser.add_argument("--llamafactory", type=Path,
+                        default=ROOT/".bench"/"llamafactory"/"bin"/"python",
                         help="Python of LLaMA-Factory's environment")
-    parser.add_argument("--child", choices=[*SYSTEMS, "judge"], help="one measurement in this process")
+    parser.add_argument("--child", choices=[*SYSTEMS, "judge"],
+        help="one measurement in this process")
     parser.add_argument("--base", type=Path, help="folder of the model, of a child process")
 
 # What the systems share
@@ -66,7 +73,8 @@ def step_clock():
 
 def speed(ends, tokens):
     "Useful tokens per second without the first step, and peak memory"
-    return {"tokens_per_second": sum(tokens[1:])/(ends[-1] - ends[0]), "memory_gb": peak_memory_gb()}
+    return {"tokens_per_second": sum(tokens[1:])/(ends[-1] - ends[0]),
+            "memory_gb": peak_memory_gb()}
 
 def batch_tokens(rows, tokenizer):
     "Tokens of each batch of rows in the order of the file"
@@ -81,9 +89,12 @@ def train_with_trl(work, model, tokenizer, steps, **more):
     from trl import SFTConfig, SFTTrainer
     rows, clock = read_jsonl(work/"train.jsonl"), step_clock()
     config = SFTConfig(
-        output_dir=str(work/"out"), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=RATE,
-        lr_scheduler_type="constant", max_length=LENGTH, bf16=not FLOAT32, use_cpu=True, gradient_checkpointing=False,
-        train_sampling_strategy="sequential", report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
+        output_dir=str(work/"out"), max_steps=steps,
+        per_device_train_batch_size=BATCH, learning_rate=RATE,
+        lr_scheduler_type="constant", max_length=LENGTH,
+        bf16=not FLOAT32, use_cpu=True, gradient_checkpointing=False,
+        train_sampling_strategy="sequential", report_to="none",
+        save_strategy="no", logging_steps=1, disable_tqdm=True,
         seed=42)
     examples = Dataset.from_list([{"messages": conversation(r)} for r in rows])
     trainer = SFTTrainer(model=model, args=config, train_dataset=examples, callbacks=[clock],
@@ -97,13 +108,16 @@ def trl(work, base, steps):
     from peft import LoraConfig
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(base)
-    return train_with_trl(work, str(base), tokenizer, steps, peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    return train_with_trl(work, str(base), tokenizer, steps,
+        peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"))
 
 def unsloth(work, base, steps):
     "Unsloth as its documentation shows it"
     from unsloth import FastLanguageModel
-    model, tokenizer = FastLanguageModel.from_pretrained(str(base), max_seq_length=2048, load_in_4bit=False)
-    model = FastLanguageModel.get_peft_model(model, **LORA, use_gradient_checkpointing=False, random_state=42)
+    model, tokenizer = FastLanguageModel.from_pretrained(str(base),
+        max_seq_length=2048, load_in_4bit=False)
+    model = FastLanguageModel.get_peft_model(model, **LORA,
+        use_gradient_checkpointing=False, random_state=42)
     return train_with_trl(work, model, tokenizer, steps)
 
 def llamafactory(work, base, steps):
@@ -111,26 +125,35 @@ def llamafactory(work, base, steps):
     import llamafactory.train.tuner as tuner
     from transformers import AutoTokenizer
     rows, clock = read_jsonl(work/"train.jsonl"), step_clock()
-    written = [{"instruction": "DESCRIBE ABOUT THE PRODUCT.", "input": f"Title: {r['title']}", "output": r["content"]}
+    written = [{"instruction": "DESCRIBE ABOUT THE PRODUCT.",
+                "input": f"Title: {r['title']}", "output": r["content"]}
                for r in rows]
     (work/"rows.json").write_text(json.dumps(written))
     (work/"dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     tuner.run_exp(dict(
-        model_name_or_path=str(base), stage="sft", do_train=True, finetuning_type="lora", lora_rank=16, lora_alpha=32,
-        lora_dropout=0.05, lora_target=",".join(TARGETS), dataset_dir=str(work), dataset="rows", template="smollm2",
-        default_system=system, cutoff_len=LENGTH, train_on_prompt=True, disable_shuffling=True, use_cpu=True, bf16=True,
-        disable_gradient_checkpointing=True, per_device_train_batch_size=BATCH, gradient_accumulation_steps=1,
-        max_steps=steps, learning_rate=RATE, lr_scheduler_type="constant", logging_steps=1, save_strategy="no",
-        report_to="none", seed=42, disable_tqdm=True, output_dir=str(work/"adapter")), callbacks=[clock])
+        model_name_or_path=str(base), stage="sft", do_train=True,
+        finetuning_type="lora", lora_rank=16, lora_alpha=32,
+        lora_dropout=0.05, lora_target=",".join(TARGETS),
+        dataset_dir=str(work), dataset="rows", template="smollm2",
+        default_system=system, cutoff_len=LENGTH, train_on_prompt=True,
+        disable_shuffling=True, use_cpu=True, bf16=True,
+        disable_gradient_checkpointing=True,
+        per_device_train_batch_size=BATCH, gradient_accumulation_steps=1,
+        max_steps=steps, learning_rate=RATE,
+        lr_scheduler_type="constant", logging_steps=1, save_strategy="no",
+        report_to="none", seed=42, disable_tqdm=True,
+        output_dir=str(work/"adapter")), callbacks=[clock])
     return speed(clock.ends, batch_tokens(rows, AutoTokenizer.from_pretrained(base)))
 
 def resolve_recipe(work, **changed):
     "The notebook's recipe for these rows"
     from descgen.model import EMBEDDED
     from descgen.recipe import check_recipe, read_defaults, resolve
-    own = {"model_id": EMBEDDED, "data_path": str(work/"train.jsonl"), "output_dir": str(work/"out"),
-           "max_length": LENGTH, "gradient_checkpointing": False, "loss_on": "all", "save_steps": 10_000,
+    own = {"model_id": EMBEDDED, "data_path": str(work/"train.jsonl"),
+           "output_dir": str(work/"out"),
+           "max_length": LENGTH, "gradient_checkpointing": False,
+           "loss_on": "all", "save_steps": 10_000,
            "eval_steps": 10_000}
     return resolve(check_recipe({**read_defaults(NOTEBOOK), **own, **changed}))
 
@@ -190,13 +213,15 @@ def limit(work, base, steps):
     c = AutoConfig.from_pretrained(base)
     h, i = c.hidden_size, c.intermediate_size
     head_dim = getattr(c, "head_dim", None) or h//c.num_attention_heads
-    shapes = [(h, h, 2), (h, c.num_key_value_heads*head_dim, 2), (h, i, 2), (i, h, 1)] # and how often in a layer
+    # and how often in a layer
+    shapes = [(h, h, 2), (h, c.num_key_value_heads*head_dim, 2), (h, i, 2), (i, h, 1)]
     layer = sum(count*product_seconds(n, k) for n, k, count in shapes)
     total = c.num_hidden_layers*layer + product_seconds(h, c.vocab_size, 3)
     body, embedding, _ = parameter_counts(c, 1, [])
     return {"tokens_per_second": 2048/total, "gflops": 4*2048*(body + embedding)/total/1e9}
 
-SYSTEMS = {f.__name__: f for f in (limit, trl, llamafactory, unsloth, descgen, descgen_cpu, descgen_float32)}
+SYSTEMS = {f.__name__: f
+           for f in (limit, trl, llamafactory, unsloth, descgen, descgen_cpu, descgen_float32)}
 
 def judge(work):
     "Held-out completion loss of every adapter of the folder, in float32, and without one"
@@ -274,7 +299,8 @@ def measure_rounds(args, work):
 
 def run(args):
     if args.child:
-        found = judge(args.data) if args.child == "judge" else SYSTEMS[args.child](args.data, args.base, args.steps)
+        found = (judge(args.data) if args.child == "judge"
+                 else SYSTEMS[args.child](args.data, args.base, args.steps))
         return print_result(found)
     from descgen.model import embedded_model, native_bf16
     args.base = embedded_model()
@@ -294,21 +320,25 @@ def median_ratio(rounds, one, other):
     "Median over the rounds of the ratio of two systems' speeds; None without one of them"
     if other not in rounds[-1]:
         return None
-    return statistics.median(r[one]["tokens_per_second"]/r[other]["tokens_per_second"] for r in rounds)
+    return statistics.median(r[one]["tokens_per_second"]/r[other]["tokens_per_second"]
+        for r in rounds)
 
 def summarize_system(name, rounds, losses):
     "A row of the table"
     memory = [r[name]["memory_gb"] for r in rounds if "memory_gb" in r[name]]
     return {"tokens_per_second": statistics.median(r[name]["tokens_per_second"] for r in rounds),
-            "against_unsloth": median_ratio(rounds, name, "unsloth"), "against_trl": median_ratio(rounds, name, "trl"),
-            "of_the_limit": median_ratio(rounds, name, "limit"), "memory_gb": max(memory) if memory else None,
+            "against_unsloth": median_ratio(rounds, name, "unsloth"),
+            "against_trl": median_ratio(rounds, name, "trl"),
+            "of_the_limit": median_ratio(rounds, name, "limit"),
+            "memory_gb": max(memory) if memory else None,
             "loss": losses.get(name)}
 
 def summarize(rounds, losses, args):
     "The figures of the table"
     rate = statistics.median(r["limit"]["gflops"] for r in rounds) if "limit" in rounds[0] else None
     names = [name for name in rounds[-1] if args.only or name != "descgen_float32"]
-    return {"rows": BATCH*args.steps, "held_out": HELD_OUT, "loss_before": losses["before"], "limit_gflops": rate,
+    return {"rows": BATCH*args.steps, "held_out": HELD_OUT,
+            "loss_before": losses["before"], "limit_gflops": rate,
             "systems": {name: summarize_system(name, rounds, losses) for name in names},
             "loss_in_float32": losses.get("descgen_float32")}
 
@@ -316,19 +346,22 @@ def system_row(name, s):
     "A row as Markdown"
     cell = lambda key, form, unit="": "" if s[key] is None else f"{s[key]:{form}}{unit}"
     ratios = [cell(key, ".2f") for key in ("against_unsloth", "against_trl", "of_the_limit")]
-    return [name.replace("_", " "), cell("tokens_per_second", ".0f"), *ratios, cell("memory_gb", ".1f", " GB"),
+    return [name.replace("_", " "), cell("tokens_per_second", ".0f"),
+            *ratios, cell("memory_gb", ".1f", " GB"),
             cell("loss", ".3f")]
 
 def table(record):
     "The systems beside each other"
     s = record["summary"]
-    head = ["", "useful tokens per second", "against Unsloth as it comes", "against plain TRL + PEFT", "of the limit",
+    head = ["", "useful tokens per second", "against Unsloth as it comes",
+            "against plain TRL + PEFT", "of the limit",
             "peak memory", "held-out loss"]
     about = f"{s['rows']} rows, {s['held_out']} others held out, loss before {s['loss_before']:.3f}"
     if s["limit_gflops"]:
         about += f", the limit's rate {s['limit_gflops']:.0f} GFLOP/s"
     about += f". {circumstances(record, 'torch', 'unsloth', 'transformers', 'peft')}"
-    lines = [about, "", *markdown_table(head, [system_row(name, row) for name, row in s["systems"].items()])]
+    lines = [about, "",
+             *markdown_table(head, [system_row(name, row) for name, row in s["systems"].items()])]
     if s["loss_in_float32"]:
         lines += ["", f"Trained in float32, descgen's loss is {s['loss_in_float32']:.3f}."]
     return lines

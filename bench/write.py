@@ -38,10 +38,12 @@ def attention_ways(n):
 def sampling_ways(n):
     "Sampling one token of each text"
     import torch
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import (LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper,
+        TopPLogitsWarper)
     from descgen.inference import TOP_K, _sampling_processor, _uniform_noise
     scores, ids = torch.randn(n, VOCABULARY), torch.zeros(n, 1).long()
-    filters = LogitsProcessorList([TemperatureLogitsWarper(0.7), TopKLogitsWarper(TOP_K), TopPLogitsWarper(0.9)])
+    filters = LogitsProcessorList(
+        [TemperatureLogitsWarper(0.7), TopKLogitsWarper(TOP_K), TopPLogitsWarper(0.9)])
     sample = _sampling_processor(_uniform_noise(n, 1, 0), 1, 0.7, 0.9)
     return {"peer": lambda: torch.multinomial(filters(ids, scores.clone()).softmax(-1), 1),
             "descgen": lambda: sample(ids, scores.clone()).argmax(-1)}
@@ -72,7 +74,8 @@ def text_ways(args):
     batch = _left_pad(prompts, tokenizer, "cpu")
     def generate():
         with torch.no_grad():
-            peer.generate(**batch, do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=args.new_tokens,
+            peer.generate(**batch, do_sample=True, temperature=0.7,
+                          top_p=0.9, max_new_tokens=args.new_tokens,
                           pad_token_id=tokenizer.pad_token_id)
     sampling = Sampling(args.new_tokens, batch_size=args.titles)
     def describe():
@@ -92,7 +95,8 @@ def run(args):
         found = {"attention": time_ways(attention_ways(args.titles), args.rounds),
                  "sampling": time_ways(sampling_ways(args.titles), args.rounds)}
     found["texts"] = time_ways(text_ways(args), args.rounds)
-    summary = {"titles": args.titles, "new_tokens": args.new_tokens, "threads": torch.get_num_threads(),
+    summary = {"titles": args.titles, "new_tokens": args.new_tokens,
+               "threads": torch.get_num_threads(),
                "seconds": {name: medians(rounds) for name, rounds in found.items()}}
     save_result(args.results, "write", summary, found, args.rounds)
 
@@ -105,11 +109,13 @@ def tables(read):
     if not record:
         return {}
     s = record["summary"]
-    labels = {"texts": "the texts", "attention": "attention of one token of each text, thirty layers",
+    labels = {"texts": "the texts",
+              "attention": "attention of one token of each text, thirty layers",
               "sampling": "sampling one token of each text"}
     rows = []
     for key, label in labels.items():
         took = s["seconds"][key]
         rows.append([label, short(took["peer"]), short(took["descgen"])])
-    about = f"{s['titles']} titles, {s['new_tokens']} tokens each, in seconds. {circumstances(record, 'torch')}"
+    about = (f"{s['titles']} titles, {s['new_tokens']} tokens each, "
+             f"in seconds. {circumstances(record, 'torch')}")
     return {"write": [about, "", *markdown_table(["", "transformers and PEFT", "descgen"], rows)]}

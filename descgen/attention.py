@@ -26,7 +26,8 @@ def example_spans(
     return [(a, b, int(p[a]) if a else 0) for a, b in zip(cuts, cuts[1:])]
 
 # %% ../nbs/31_attention.ipynb #76e35906
-MAX_STORED_TOKENS = 512 # longest example, context included, whose weights are stored: half a MB per head and layer
+# longest example, context included, whose weights are stored: half a MB per head and layer
+MAX_STORED_TOKENS = 512
 
 @lru_cache(256)
 def causal_mask(n, seen, dtype):
@@ -50,7 +51,9 @@ def _example_heads(q, k, v, span, scale):
     start, end, context = span
     heads = len(k)
     Q = slice_heads(q, start, end, 0, heads)*scale
-    return Q, slice_heads(k, start, end, context, heads), slice_heads(v, start, end, context, heads)
+    K = slice_heads(k, start, end, context, heads)
+    V = slice_heads(v, start, end, context, heads)
+    return Q, K, V
 
 def _example_gradients(grad, Q, K, V, weights):
     "Gradients of the scaled queries, of the keys and of the values of one example"
@@ -83,7 +86,9 @@ def _packed_output(q, k, v, spans, scale):
 def _packed_gradients(grad, saved, spans, scale):
     "Gradients of queries, keys and values from the output's gradient and the tensors saved by the forward pass"
     q, k, v, *stored_weights = saved
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    grad_q = torch.empty_like(q)
+    grad_k = torch.zeros_like(k)
+    grad_v = torch.zeros_like(v)
     for span, weights in zip(spans, stored_weights):
         start, end, _ = span
         Q, K, V = _example_heads(q, k, v, span, scale)
@@ -110,7 +115,8 @@ class PackedCausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         "Compute the gradients of `q`, `k` and `v`"
-        return *_packed_gradients(grad, ctx.saved_tensors, ctx.spans, ctx.scale), None, None
+        gradients = _packed_gradients(grad, ctx.saved_tensors, ctx.spans, ctx.scale)
+        return *gradients, None, None
 
 # %% ../nbs/31_attention.ipynb #bf62d764
 def decode_attention(query, key, value, mask, scale):
@@ -122,16 +128,19 @@ def decode_attention(query, key, value, mask, scale):
     return torch.matmul(scores.softmax(-1), value).view(batch, 1, -1, size)
 
 # %% ../nbs/31_attention.ipynb #d5660d6d
-def packed_attention(module, query, key, value, attention_mask, position_ids=None, scaling=None, **kwargs):
+def packed_attention(module, query, key, value, attention_mask,
+        position_ids=None, scaling=None, **kwargs):
     "Attention within each example of a pack, and of one new token per example; transformers' attention otherwise"
     has_bool_mask = attention_mask is None or attention_mask.dtype == torch.bool
     if query.shape[2] == 1 and not torch.is_grad_enabled() and has_bool_mask:
         return decode_attention(query, key, value, attention_mask, scaling), None
     is_pack = attention_mask is None and position_ids is not None and query.shape[0] == 1
-    if not is_pack or query.shape[2] != key.shape[2]: # with a cache there are more keys than queries
+    # with a cache there are more keys than queries
+    if not is_pack or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
             position_ids=position_ids, **kwargs)
-    out = PackedCausalAttention.apply(query[0], key[0], value[0], example_spans(position_ids), scaling)
+    out = PackedCausalAttention.apply(
+        query[0], key[0], value[0], example_spans(position_ids), scaling)
     return out.transpose(0, 1)[None], None
 
 def packed_attention_mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
@@ -144,7 +153,8 @@ AttentionInterface.register("example_by_example", packed_attention)
 AttentionMaskInterface.register("example_by_example", packed_attention_mask)
 
 # %% ../nbs/31_attention.ipynb #45f817bf
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100") # read when the first product is computed
+# read when the first product is computed
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
 
 # %% ../nbs/31_attention.ipynb #bd064fef
 def make_contiguous(layer, given):

@@ -30,12 +30,14 @@ def pairs_to_judge(
         rng.shuffle(sides)
         if a == b: continue
         (left_system, left), (right_system, right) = sides
-        pairs.append({"title": title, "left": left, "right": right, "sides": [left_system, right_system]})
+        pairs.append(
+            {"title": title, "left": left, "right": right, "sides": [left_system, right_system]})
     rng.shuffle(pairs)
     return pairs
 
 # %% ../nbs/66_blind_test.ipynb #f2f4b3e9
-_IDENTIFIERS = {system.label: name for name, system in SYSTEMS.items()} # earlier versions wrote labels
+# earlier versions wrote labels
+_IDENTIFIERS = {system.label: name for name, system in SYSTEMS.items()}
 
 def _read_votes(path):
     "The votes of a file; none if it does not exist"
@@ -72,7 +74,9 @@ def _pair_as_html(pairs, n):
     "Heading, left text and right text of a pair"
     pair = pairs[n]
     heading = f"<b>{escape(pair['title'])}</b> ({n + 1} of {len(pairs)})"
-    return [heading, *(f"<p style='white-space:pre-wrap'>{escape(pair[side])}</p>" for side in ("left", "right"))]
+    return [heading,
+            *(f"<p style='white-space:pre-wrap'>{escape(pair[side])}</p>"
+              for side in ("left", "right"))]
 
 # %% ../nbs/66_blind_test.ipynb #17298d3a
 def _count_votes(path): return len(_read_votes(path))
@@ -92,11 +96,13 @@ def blind_test(
     "Judge pairs in a notebook"
     import ipywidgets as w
     texts = [w.HTML() for _ in range(3)]
-    buttons = [w.Button(description=d) for d in ("left is better", "no difference", "right is better")]
+    buttons = [w.Button(description=d)
+               for d in ("left is better", "no difference", "right is better")]
     def show_next():
         "Show the next pair, or the result"
         done = _count_votes(path) >= len(pairs)
-        contents = [escape(_describe_votes(path)), "", ""] if done else _pair_as_html(pairs, _count_votes(path))
+        contents = ([escape(_describe_votes(path)), "", ""] if done
+                    else _pair_as_html(pairs, _count_votes(path)))
         for box, html in zip(texts, contents):
             box.value = html
         for button in buttons:
@@ -107,4 +113,5 @@ def blind_test(
     for button in buttons:
         button.on_click(save_vote)
     show_next()
-    return w.VBox([texts[0], w.HBox(texts[1:], layout=w.Layout(align_items="flex-start")), w.HBox(buttons)])
+    return w.VBox(
+        [texts[0], w.HBox(texts[1:], layout=w.Layout(align_items="flex-start")), w.HBox(buttons)])

@@ -11,8 +11,8 @@ import json, shutil
 from importlib.metadata import version
 from pathlib import Path
 
-from descgen.files import (flush_to_disk, load_manifest, short_path, update_manifest, verify_checksums, write_manifest,
-    write_text)
+from .files import (flush_to_disk, load_manifest, short_path, update_manifest,
+    verify_checksums, write_manifest, write_text)
 from .formatting import INSTRUCTION
 from .model import EMBEDDED, LLAMA, adapter_hash, has_cuda
 from .recipe import Recipe, without_unused
@@ -23,9 +23,11 @@ from . import __version__
 # %% ../nbs/43_checkpoints.ipynb #b05da9b2
 # These parameters do not change the weights. Of the data file and the first adapter the content counts, not the path.
 _NOT_IN_FINGERPRINT = {
-    "output_dir", "overwrite", "data_path", "strict", "eval_rows", "logging_steps", "eval_steps", "save_steps",
+    "output_dir", "overwrite", "data_path", "strict",
+    "eval_rows", "logging_steps", "eval_steps", "save_steps",
     "n_titles", "title", "max_new_tokens", "temperature", "top_p", "report_to", "adapter_path"}
-_MEASUREMENT_PARAMETERS = {"eval_rows", "eval_steps"} # they change the adapter if it is chosen by the test loss
+# they change the adapter if it is chosen by the test loss
+_MEASUREMENT_PARAMETERS = {"eval_rows", "eval_steps"}
 
 def run_fingerprint(
     recipe:Recipe, # resolved
@@ -35,9 +37,11 @@ def run_fingerprint(
     packages = ("torch", "transformers", "trl", "peft", "unsloth", "polars")
     chosen_by_loss = recipe.keep_best or recipe.patience
     ignored = _NOT_IN_FINGERPRINT - (_MEASUREMENT_PARAMETERS if chosen_by_loss else set())
-    start = {"adapter at the start": adapter_hash(recipe.adapter_path)} if recipe.adapter_path else {}
+    start = (
+        {"adapter at the start": adapter_hash(recipe.adapter_path)} if recipe.adapter_path else {})
     versions = {f"version of {p}": version(p) for p in packages}
-    parameters = {**without_unused(recipe.model_dump(exclude=ignored)), **start, "model_id": short_path(recipe.model_id)}
+    parameters = {**without_unused(recipe.model_dump(exclude=ignored)),
+                  **start, "model_id": short_path(recipe.model_id)}
     return {**parameters, "file_key": file_key, **versions}
 
 # %% ../nbs/43_checkpoints.ipynb #fc99a71c
@@ -59,11 +63,14 @@ def _rename_damaged(checkpoint):
     damaged = checkpoint.with_name(f"damaged-{checkpoint.name}")
     shutil.rmtree(damaged, ignore_errors=True)
     checkpoint.rename(damaged)
-    print(f"{checkpoint.name} is incomplete or was modified after it was written: renamed to {damaged.name}")
+    print(f"{checkpoint.name} is incomplete or was modified after it was written: "
+          f"renamed to {damaged.name}")
 
 # %% ../nbs/43_checkpoints.ipynb #fc95e22f
-INITIAL_WEIGHTS = ".start.safetensors" # the untrained adapter, for a run that must start again after an error
-BEST_WEIGHTS = "best.safetensors" # the adapter with the lowest test loss so far, if `keep_best` is set
+# the untrained adapter, for a run that must start again after an error
+INITIAL_WEIGHTS = ".start.safetensors"
+# the adapter with the lowest test loss so far, if `keep_best` is set
+BEST_WEIGHTS = "best.safetensors"
 
 def reproducibility()->str: # "exact" or "approximate"
     "Whether a repeated or resumed run produces the same bytes on this machine"
@@ -73,7 +80,8 @@ def reproducibility()->str: # "exact" or "approximate"
 def _describe_differences(theirs, mine):
     "One phrase for each value that differs between two fingerprints"
     keys = {**theirs, **mine}
-    return [f"{k} {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in keys if theirs.get(k) != mine.get(k)]
+    return [f"{k} {theirs.get(k)!r} there, {mine.get(k)!r} here"
+            for k in keys if theirs.get(k) != mine.get(k)]
 
 def _resumable_checkpoint(checkpoints):
     "The newest checkpoint with valid checksums, or None; renames those without"
@@ -102,17 +110,21 @@ def prepare_output_dir(
     if not resumes:
         for old in checkpoints: shutil.rmtree(old)
         (folder/BEST_WEIGHTS).unlink(missing_ok=True)
-    kept = manifest if "fingerprint" not in manifest else {} # without it: written by the caller for this run
+    # without it: written by the caller for this run
+    kept = manifest if "fingerprint" not in manifest else {}
     if resumes and "model" in manifest: kept = {"model": manifest["model"]} # for `check_base_model`
-    write_manifest(folder, {**kept, "state": "running", "given": recipe_as_given.model_dump(), "fingerprint": mine,
-                            "data_path": short_path(recipe.data_path), "reproducibility": reproducibility()})
+    write_manifest(folder,
+        {**kept, "state": "running", "given": recipe_as_given.model_dump(), "fingerprint": mine,
+                            "data_path": short_path(recipe.data_path),
+                            "reproducibility": reproducibility()})
     return checkpoint
 
 # %% ../nbs/43_checkpoints.ipynb #2bf94c21
 def _changed_files(before, now):
     "Names of the files that differ between two results of `model_fingerprint`"
     def hashes(model):
-        other = {"the tokenizer": model.get("tokenizer_sha256"), "the chat template": model.get("template_sha256")}
+        other = {"the tokenizer": model.get("tokenizer_sha256"),
+                 "the chat template": model.get("template_sha256")}
         return {**model.get("files", {}), **other}
     before, now = hashes(before), hashes(now)
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
@@ -125,8 +137,9 @@ def check_base_model(
     before = load_manifest(output_dir).get("model")
     if before and before != loaded and list_checkpoints(output_dir):
         changed = _changed_files(before, loaded) or ["its name"]
-        raise ValueError(f"The loaded base model is not the one that the checkpoints in {output_dir} were trained on. "
-            f"Changed: {', '.join(changed)}. Restore the earlier files, or give this run another output_dir.")
+        raise ValueError("The loaded base model is not the one that the checkpoints in "
+                         f"{output_dir} were trained on. Changed: {', '.join(changed)}. "
+                         "Restore the earlier files, or give this run another output_dir.")
     update_manifest(output_dir, model=loaded)
 
 # %% ../nbs/43_checkpoints.ipynb #e93b9135
@@ -139,8 +152,8 @@ def _model_card(model_id):
     if licence: base += f" ({_LICENCES[model_id]})"
     lines = ["---", "library_name: peft", f"pipeline_tag: text-generation\n{licence}---", "",
         "# Product descriptions from titles", "",
-        f"A LoRA adapter for {base}, trained with descgen {__version__} to answer `{INSTRUCTION}` and a title "
-        "with the product's description.", "",
+        f"A LoRA adapter for {base}, trained with descgen {__version__} to "
+        f"answer `{INSTRUCTION}` and a title with the product's description.", "",
         "```python", "from descgen.inference import load_adapter, describe",
         "model, tokenizer = load_adapter('this folder')",
         "print(describe(model, tokenizer, ['Girls Ballet Tutu Neon Pink'])[0])", "```", ""]

@@ -235,7 +235,8 @@ _CURRENCY = r"(?:US\$|R\$|[$€£])\s?"
 _PART = (rf"(?P<currency>{_CURRENCY})?(?P<number>{_NUMBER})"
          rf"(?:[\s\u00a0-]?(?P<unit>{_UNIT})|{_SUFFIX})?(?!\w|[.,]\d)")
 _UNNAMED_PART = re.sub(r"\?P<\w+>", "?:", _PART)
-_JOIN = r"(?:\s?[x×]\s?|\s?[–—-]\s?|[/:]|\s(?:to|by|a|até|por|bis|mal|à|per)\s)" # of ranges and dimensions
+# of ranges and dimensions
+_JOIN = r"(?:\s?[x×]\s?|\s?[–—-]\s?|[/:]|\s(?:to|by|a|até|por|bis|mal|à|per)\s)"
 _QUANTITY = rf"(?<!\w)(?<!\d[.,]){_UNNAMED_PART}(?:{_JOIN}{_UNNAMED_PART})*"
 
 # %% ../nbs/21_claims.ipynb #16b1b936
@@ -306,7 +307,8 @@ def zipf(
     return 9 + math.log10(_word_list(language).get(word, 1e-9))
 
 # %% ../nbs/21_claims.ipynb #b78499bc
-_ENDINGS = {"en": "s es ed ing ly er y d r", "de": "e en er es n s em in innen", "fr": "s e es x ment",
+_ENDINGS = {"en": "s es ed ing ly er y d r",
+    "de": "e en er es n s em in innen", "fr": "s e es x ment",
     "pt": "s es mente r", "es": "s es mente r", "it": "mente re"}
 
 def _inflected(word, language):
@@ -421,7 +423,8 @@ def _never_names(language):
     "Words that are no names although they are written with a capital"
     from babel import Locale
     locale, places = Locale(language), _one_word_places(language)
-    calendar = _single_words([*locale.months["format"]["wide"].values(), *locale.days["format"]["wide"].values()])
+    calendar = _single_words(
+        [*locale.months["format"]["wide"].values(), *locale.days["format"]["wide"].values()])
     words = calendar | _single_words(locale.languages.values())
     if language == "en": words |= {day + "s" for day in calendar} | _from_places(places)
     prompt = {*INSTRUCTION.lower().strip(".").split(), "title"}
@@ -447,12 +450,14 @@ def _is_name_in_capitals(word, language):
 def _is_name(word, inside, title_case, language):
     "Whether a word is a name"
     lower, length = word.lower(), len(word)
-    if lower in _never_names(language) or _PROMPT_ECHO.match(lower) or word[:2] in ("I'", "I’"): return False
+    if lower in _never_names(language) or _PROMPT_ECHO.match(lower) or word[:2] in ("I'", "I’"):
+        return False
     if _CAMEL.fullmatch(word): return length > 3
     if not word[0].isupper(): return False
     if word.rstrip("s").isupper(): return _is_name_in_capitals(word, language)
     if lower in _one_word_places(language): return True
-    if inside and not title_case and length > 2: return zipf(lower, language) < (5.5 if length > 3 else 4.7)
+    if inside and not title_case and length > 2:
+        return zipf(lower, language) < (5.5 if length > 3 else 4.7)
     return length > 3 and _listed_as_name(lower, language) > (0 if title_case else 2)
 
 # %% ../nbs/21_claims.ipynb #bae1e39d
@@ -487,11 +492,13 @@ def _name_words(text, language, common):
             word = _POSSESSIVE.sub("", m[0])
             if any(start <= m.start() < end for start, end in places):
                 yield m
-            elif not word.islower() and word.lower() not in common and _is_name(word, inside, title_case, language):
+            elif not word.islower() and word.lower() not in common and _is_name(
+                    word, inside, title_case, language):
                 yield m
 
 # %% ../nbs/21_claims.ipynb #0dcf1585
-_BETWEEN = re.compile(r"(?:\s|-|\s?&\s?|\.\s|\s(?:de|do|dos|das|del|du|van|von|d[ei] la)\s)") # two words of a name
+# two words of a name
+_BETWEEN = re.compile(r"(?:\s|-|\s?&\s?|\.\s|\s(?:de|do|dos|das|del|du|van|von|d[ei] la)\s)")
 
 def common_words(
     texts, # descriptions of the training rows
@@ -608,7 +615,8 @@ def supporting(
     language = language or "en"
     places = ["title"] if _states(_stated(title, language), claim, True) else []
     texts = [f"{source['title']}\n{source['content']}" for source in sources]
-    return places + [i for i, text in enumerate(texts) if _states(_stated(text, language), claim, False)]
+    return places + [i for i, text in enumerate(texts)
+                     if _states(_stated(text, language), claim, False)]
 
 # %% ../nbs/21_claims.ipynb #bab22153
 def unsupported_claims(
@@ -623,7 +631,8 @@ def unsupported_claims(
     return [claim for claim in claims if not supporting(claim, title, sources, language)], claims
 
 # %% ../nbs/21_claims.ipynb #c2be7862
-_NO_SPACES = r"\u2e80-\u9fff\uac00-\ud7af\u0e00-\u0e7f" # characters of scripts without spaces between words
+# characters of scripts without spaces between words
+_NO_SPACES = r"\u2e80-\u9fff\uac00-\ud7af\u0e00-\u0e7f"
 
 def words(
     text:str, # any script
@@ -648,7 +657,8 @@ def longest_shared_runs(
         content_tokens = words(content)
         sharing = {i for run in _runs(content_tokens, least) for i in texts_with_run.get(run, ())}
         for i in sharing:
-            match = SequenceMatcher(None, tokens_of[i], content_tokens, autojunk=False).find_longest_match()
+            match = SequenceMatcher(None, tokens_of[i], content_tokens,
+                autojunk=False).find_longest_match()
             if longest[i] is None or match.size > longest[i][0]:
                 longest[i] = (match.size, row, " ".join(tokens_of[i][match.a:match.a + match.size]))
     return longest

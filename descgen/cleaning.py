@@ -30,7 +30,8 @@ def _decode_repeatedly(texts, times=3):
     known.sort(key=len, reverse=True) # if two begin alike, the longer one is meant
     characters = [html.unescape(e) for e in known]
     texts = texts.str.replace_many(known, characters, leftmost=True)
-    return _apply_where(texts, texts.str.contains("&", literal=True), lambda t: _decode_repeatedly(t, times - 1))
+    return _apply_where(texts, texts.str.contains("&", literal=True),
+        lambda t: _decode_repeatedly(t, times - 1))
 
 # %% ../nbs/12_cleaning.ipynb #f68c59fa
 def decode_entities(
@@ -73,7 +74,8 @@ def remove_control_characters(
     texts:pl.Series, # strings
 )->pl.Series: # the same without invisible characters
     "Remove control characters"
-    return _apply_where(texts, texts.str.contains(_CONTROLS), lambda t: t.str.replace_all(_CONTROLS, ""))
+    return _apply_where(
+        texts, texts.str.contains(_CONTROLS), lambda t: t.str.replace_all(_CONTROLS, ""))
 
 # %% ../nbs/12_cleaning.ipynb #c016
 @cache
@@ -115,7 +117,8 @@ def normalize_whitespace(
 )->pl.Series: # the same with single spaces
     "Unify white space, and strip it at both ends"
     texts = _apply_where(texts, texts.str.contains(r"[^\S\n ]| [^\S\n]"), _unify_spaces)
-    return _apply_where(texts, texts.str.contains("\n[ \n]| \n"), _unify_line_breaks).str.strip_chars()
+    return _apply_where(
+        texts, texts.str.contains("\n[ \n]| \n"), _unify_line_breaks).str.strip_chars()
 
 # %% ../nbs/12_cleaning.ipynb #fc134ba9
 _SENTENCE = r"[^\n]*?(?:[.!?…][\"'”’)]*\s+|[。！？]\s*|\n\s*)|(?s).+$"
@@ -190,7 +193,8 @@ def _apply_steps(rows, changed, pattern, names):
 def _remove_repeated_sentences(rows, changed, sentences):
     "Remove sentences from contents; returns the rows and the steps that changed them"
     content = remove_sentences(rows["content"], sentences)
-    return rows.with_columns(content), changed | _step_bit(content != rows["content"], "repeated_sentences")
+    return (rows.with_columns(content),
+            changed | _step_bit(content != rows["content"], "repeated_sentences"))
 
 def _to_one_line(titles):
     return titles.str.replace_all(r"\s*[\r\n]\s*", " ")

@@ -25,7 +25,8 @@ app.add_typer(data_app, name="data", help="Look at a catalogue before training o
 @app.callback()
 def _descgen():
     "Fine-tune a small language model to write a product's description from its title."
-    for stream in (sys.stdout, sys.stderr): # a pipe's encoding on Windows lacks "→", and a path need not be Unicode
+    # a pipe's encoding on Windows lacks "→", and a path need not be Unicode
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
@@ -48,9 +49,12 @@ def _exit_on_error(what):
 RootOption = Annotated[Path, typer.Option(help="The folder of runs")]
 NotebookOption = Annotated[Path, typer.Option(help="The notebook to execute")]
 NOTEBOOK = Path("fine_tune_llama3.ipynb")
-TitleField = Annotated[str, typer.Option(help="The column of titles, if its name is not a known one")]
-ContentField = Annotated[str, typer.Option(help="The column of descriptions, if its name is not a known one")]
-Encoding = Annotated[str, typer.Option(help="The file's encoding, if it is not UTF-8, such as latin-1")]
+TitleField = Annotated[str, typer.Option(
+    help="The column of titles, if its name is not a known one")]
+ContentField = Annotated[str, typer.Option(
+    help="The column of descriptions, if its name is not a known one")]
+Encoding = Annotated[str, typer.Option(
+    help="The file's encoding, if it is not UTF-8, such as latin-1")]
 
 def _command(*words, root=RUNS, notebook=NOTEBOOK):
     "A descgen command to copy into a shell, with the options that differ from their defaults"
@@ -64,10 +68,12 @@ def _command(*words, root=RUNS, notebook=NOTEBOOK):
 # %% ../nbs/90_cli.ipynb #f7d8eddc
 @data_app.command("check")
 def check(
-    path:Annotated[Path, typer.Argument(help="CSV, TSV, Parquet, JSON array or JSON Lines; plain, .gz, .zst or .zip")],
+    path:Annotated[Path, typer.Argument(
+        help="CSV, TSV, Parquet, JSON array or JSON Lines; plain, .gz, .zst or .zip")],
     as_json:Annotated[bool, typer.Option("--json", help="Print the report as JSON")]=False,
     max_length:Annotated[int, typer.Option(help="Most tokens in an example")]=1024,
-    near_up_to:Annotated[int, typer.Option(min=0, help="Search near-duplicates in at most so many usable rows")]=100_000,
+    near_up_to:Annotated[int, typer.Option(min=0,
+        help="Search near-duplicates in at most so many usable rows")]=100_000,
     strict:Annotated[bool, typer.Option("--strict", help="End at the first unreadable line")]=False,
     title_field:TitleField="auto",
     content_field:ContentField="auto",
@@ -75,7 +81,8 @@ def check(
 ):
     "Print what a catalogue contains; ends with 1 if it cannot be trained on"
     with _exit_on_error("Cannot be trained on"):
-        found = _report(path, max_length, near_up_to=near_up_to, strict=strict, title_field=title_field,
+        found = _report(path, max_length, near_up_to=near_up_to,
+                        strict=strict, title_field=title_field,
                         content_field=content_field, encoding=encoding)
     from dataclasses import asdict
     from descgen.data_report import data_report_text
@@ -100,12 +107,14 @@ def _report(path, max_length, **options):
 @app.command("evaluate")
 def evaluate(
     adapter:Annotated[Path, typer.Option(help="The adapter's folder, inside its run's folder")],
-    data:Annotated[Path|None, typer.Option(help="A file with other test rows; else the run's own test rows")]=None,
+    data:Annotated[Path|None, typer.Option(
+        help="A file with other test rows; else the run's own test rows")]=None,
     title_field:TitleField="auto",
     content_field:ContentField="auto",
     encoding:Encoding="auto",
     rows:Annotated[int|None, typer.Option(min=1, help="Most test rows")]=None,
-    page:Annotated[Path|None, typer.Option("--page", help="The HTML page; else report.html in the run's folder")]=None,
+    page:Annotated[Path|None, typer.Option("--page",
+        help="The HTML page; else report.html in the run's folder")]=None,
     as_json:Annotated[bool, typer.Option("--json", help="Print all figures as JSON")]=False,
 ):
     "Test whether fine-tuning helped, and by how much; ends with 1 if that cannot be measured"
@@ -118,7 +127,8 @@ def evaluate(
             from descgen.report import write_report
             from descgen.verdict import verdict
             evaluation = evaluate_adapter(adapter, data, rows, title_field, content_field, encoding)
-            written = write_report(evaluation, page or adapter.parent/"report.html", adapter.resolve().parent.name)
+            written = write_report(
+                evaluation, page or adapter.parent/"report.html", adapter.resolve().parent.name)
     typer.echo(to_json(evaluation.to_dict()) if as_json else f"{verdict(evaluation)}\n{written}")
 
 # %% ../nbs/90_cli.ipynb #245b2304
@@ -147,8 +157,8 @@ def _read_recipe(path):
     from descgen.recipe import refuse_converted_text
     values = _read_yaml(path) or {}
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a recipe, which has a line `name: value` for each parameter, "
-            f"but a {type(values).__name__}.")
+        raise ValueError(f"{path} is not a recipe, which has a line `name: value` "
+                         f"for each parameter, but a {type(values).__name__}.")
     refuse_converted_text(values, path)
     return values
 
@@ -165,8 +175,10 @@ def _merge_parameters(recipes, pairs):
     sources += [("-p", {name: parse_parameter(name, text)}) for name, text in pairs]
     merged, overridden = {}, []
     for source, values in sources:
-        changed = [name for name, value in values.items() if name in merged and merged[name] != value]
-        overridden += [f"{name}: {values[name]!r} from {source}, not {merged[name]!r}" for name in changed]
+        changed = [name for name, value in values.items()
+                   if name in merged and merged[name] != value]
+        overridden += [f"{name}: {values[name]!r} from {source}, not {merged[name]!r}"
+                       for name in changed]
         merged |= values
     return merged, overridden
 
@@ -197,24 +209,28 @@ def _check_parameters(values, notebook):
     if recipe.adapter_path:
         hashes["adapter_sha256"] = adapter_hash(recipe.adapter_path)
     no_influence = ("data_path", "adapter_path", "report_to") # the hashes stand for the first two
-    return given, {name: value for name, value in without_unused(given).items() if name not in no_influence} | hashes
+    return given, {name: value for name, value in without_unused(given).items()
+                   if name not in no_influence} | hashes
 
 # %% ../nbs/90_cli.ipynb #ca204d4e
 def _resume_command(folder, root, notebook):
     "The command that resumes a run, with its id if it lies in the folder of runs, else with its path"
-    if folder.parent.resolve() == root.resolve(): return _command("resume", folder.name, root=root, notebook=notebook)
+    if folder.parent.resolve() == root.resolve():
+        return _command("resume", folder.name, root=root, notebook=notebook)
     return _command("resume", folder, notebook=notebook)
 
 def _execute(folder, given, root, notebook):
     "Execute into a run's folder, and print its name; the manifest. Ends with 130 after Ctrl-C, as shells do"
     from descgen.execute import execute
     command = _resume_command(folder, root, notebook)
-    parameters = {name: value for name, value in given.items() if name not in ("output_dir", "overwrite")}
+    parameters = {name: value for name, value in given.items()
+                  if name not in ("output_dir", "overwrite")}
     typer.echo(f"{folder}", err=True)
     try:
         return execute(folder, parameters, notebook)
     except OSError as e:
-        raise OSError(f"{_error_text(e)}. Solve that, then continue from the last checkpoint with: {command}") from e
+        raise OSError(f"{_error_text(e)}. Solve that, "
+                      f"then continue from the last checkpoint with: {command}") from e
     except KeyboardInterrupt:
         typer.echo(f"Interrupted. Continue from the last checkpoint with: {command}", err=True)
         raise typer.Exit(130)
@@ -249,10 +265,12 @@ def _previous_run(folder):
 def _next_commands(folder, root):
     "Lines with commands for a finished run"
     if (folder/"adapter").is_dir():
-        yield f"test it on other data:  {_command('evaluate', '--adapter', folder/'adapter', '--data', 'FILE')}"
+        yield ("test it on other data:  "
+               f"{_command('evaluate', '--adapter', folder/'adapter', '--data', 'FILE')}")
     previous = _previous_run(folder) if folder.parent.resolve() == root.resolve() else None
     if previous:
-        yield f"compare it with the run before:  {_command('diff', previous, folder.name, root=root)}"
+        yield ("compare it with the run before:  "
+               f"{_command('diff', previous, folder.name, root=root)}")
 
 def _finished_lines(folder, root):
     "The verdict, the paths of a finished run's files, and the next commands"
@@ -273,12 +291,14 @@ def _print_outcome(manifest, folder, root, notebook):
     "Print how a run ended; ends with 1 if it is not finished"
     failed = manifest.failed or {}
     cell = f" in cell {failed['cell']}" if failed.get("cell") else ""
-    typer.echo(f"{manifest.id} {manifest.state}{cell}" + (f": {failed.get('error')}" if failed else ""))
+    typer.echo(
+        f"{manifest.id} {manifest.state}{cell}" + (f": {failed.get('error')}" if failed else ""))
     if manifest.state == "finished": return typer.echo("\n".join(_finished_lines(folder, root)))
     if (folder/"failed.ipynb").is_file():
         typer.echo(f"notebook  {folder/'failed.ipynb'}")
     if _would_fail_again(manifest, folder):
-        typer.echo("The same parameters and data fail again: change them, and start a new run.", err=True)
+        typer.echo(
+            "The same parameters and data fail again: change them, and start a new run.", err=True)
     else:
         command = _resume_command(folder, root, notebook)
         typer.echo(f"Continue from the last checkpoint with: {command}", err=True)
@@ -293,13 +313,15 @@ class _TwoWordOption(TyperCommand):
 
 def _keep_word(word): return word # Typer would make one text of the two words
 
-Pairs = Annotated[list[str]|None, typer.Option("--parameters", "-p", parser=_keep_word, metavar="NAME VALUE",
+Pairs = Annotated[list[str]|None, typer.Option("--parameters", "-p",
+    parser=_keep_word, metavar="NAME VALUE",
     help="A parameter of the notebook and its value: -p max_steps 100 -p title \"Red Mug\"")]
 Recipes = Annotated[list[Path]|None, typer.Option("--file", "-f",
     help="A recipe: a YAML file of parameters; can be given several times")]
 
 # %% ../nbs/90_cli.ipynb #8934d932
-@app.command("run", cls=_TwoWordOption, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command("run", cls=_TwoWordOption,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(
     ctx:typer.Context,
     parameters:Pairs=None,
@@ -320,7 +342,8 @@ def run(
     _print_outcome(manifest, folder, root, notebook)
 
 # %% ../nbs/90_cli.ipynb #12e4fa9a
-Run = Annotated[str, typer.Argument(help="A run's id, the beginning of one, or the path of a run's folder")]
+Run = Annotated[str, typer.Argument(
+    help="A run's id, the beginning of one, or the path of a run's folder")]
 
 @app.command("resume")
 def resume(
@@ -335,9 +358,11 @@ def resume(
         folder = find_run(name, root)
         first = read_manifest(folder)
         if first.state not in ("failed", "interrupted"):
-            raise ValueError(f"{first.id} is {first.state}: only a failed or interrupted run can be resumed.")
+            raise ValueError(
+                f"{first.id} is {first.state}: only a failed or interrupted run can be resumed.")
         if not first.given:
-            raise ValueError(f"The manifest of {first.id} has no given parameters: start a new run.")
+            raise ValueError(
+                f"The manifest of {first.id} has no given parameters: start a new run.")
         _check_parameters(first.given, notebook)
         done = _execute(folder, first.given, root, notebook)
     _print_outcome(done, folder, root, notebook)
@@ -359,8 +384,10 @@ def _format_table(head, rows):
 @app.command("runs")
 def runs(
     state:Annotated[str|None, typer.Option(
-        help="Only runs in this state: running, finished, failed, interrupted, damaged, newer")]=None,
-    sort:Annotated[str, typer.Option(help="Sort by id, state, model, rows, steps, loss or minutes")]="id",
+        help="Only runs in this state: "
+        "running, finished, failed, interrupted, damaged, newer")]=None,
+    sort:Annotated[str, typer.Option(
+        help="Sort by id, state, model, rows, steps, loss or minutes")]="id",
     root:RootOption=RUNS,
     as_json:Annotated[bool, typer.Option("--json", help="Print the list as JSON")]=False,
 ):
@@ -392,10 +419,12 @@ def sweep(
         sets = expand_sweep(_read_yaml(path))
         for values in sets:
             refuse_converted_text(values, path)
-        fingerprints = [_check_parameters(values, notebook)[1] for values in sets] # all sets, before the first run
+        # all sets, before the first run
+        fingerprints = [_check_parameters(values, notebook)[1] for values in sets]
         manifests = []
         for values, fingerprint in zip(sets, fingerprints):
-            manifests.append(find_finished(fingerprint, root) or _start(values, name, root, notebook)[1])
+            manifests.append(
+                find_finished(fingerprint, root) or _start(values, name, root, notebook)[1])
     varied, rows = _varied_parameters(sets), []
     for values, m in zip(sets, manifests):
         rows.append([m.id, m.state, (m.test_loss or {}).get("after"), *map(values.get, varied)])
@@ -408,11 +437,13 @@ def diff(
     one:Run,
     other:Run,
     root:RootOption=RUNS,
-    page:Annotated[Path|None, typer.Option("--page", help="An HTML page to write, with loss curves and texts")]=None,
+    page:Annotated[Path|None, typer.Option("--page",
+        help="An HTML page to write, with loss curves and texts")]=None,
     as_json:Annotated[bool, typer.Option("--json", help="Print the differences as JSON")]=False,
 ):
     "Print the differences between two runs, and which one is better"
-    from descgen.compare import changed_files, compare_metrics, difference_lines, differences, write_comparison
+    from descgen.compare import (changed_files, compare_metrics, difference_lines, differences,
+        write_comparison)
     from descgen.manifest import read_manifest
     from descgen.runs import find_run
     with _exit_on_error("Not compared"):
@@ -432,16 +463,21 @@ def _check_repeatable(manifest, allow):
     from descgen.compare import repeat_blockers
     if manifest.state != "finished":
         raise ValueError(f"{manifest.id} is {manifest.state}: only a finished run can be repeated.")
-    missing = " and no ".join(entry for entry in ("given", "adapter_sha256") if getattr(manifest, entry) is None)
-    if missing: raise ValueError(f"The manifest of {manifest.id} has no {missing}: it cannot be repeated.")
+    missing = " and no ".join(entry for entry in ("given", "adapter_sha256")
+                              if getattr(manifest, entry) is None)
+    if missing:
+        raise ValueError(f"The manifest of {manifest.id} has no {missing}: it cannot be repeated.")
     blockers = "; ".join(repeat_blockers(manifest, tuple(allow or ())))
-    if blockers: raise ValueError(f"{blockers}. Allow such a change with --allow data, code, lock or adapter.")
+    if blockers:
+        raise ValueError(
+            f"{blockers}. Allow such a change with --allow data, code, lock or adapter.")
 
 # %% ../nbs/90_cli.ipynb #1b0d6952
 @app.command("repeat")
 def repeat(
     name:Run,
-    allow:Annotated[list[str]|None, typer.Option(help="What may have changed: data, code, lock or adapter")]=None,
+    allow:Annotated[list[str]|None, typer.Option(
+        help="What may have changed: data, code, lock or adapter")]=None,
     root:RootOption=RUNS,
     notebook:NotebookOption=NOTEBOOK,
 ):

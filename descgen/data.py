@@ -27,12 +27,14 @@ def find_data(
     folder:str="data", # where "auto" looks, relative to the working directory
 )->Path: # a file that exists
     "The catalogue to read; FileNotFoundError lists the paths that do not exist"
-    paths = [Path(folder)/name for name in _AUTO_NAMES] if data_path == "auto" else [Path(data_path)]
+    paths = (
+        [Path(folder)/name for name in _AUTO_NAMES] if data_path == "auto" else [Path(data_path)])
     for path in paths:
         if path.is_file(): return path
     looked = f"looked for {', '.join(map(str, paths))} in {Path.cwd().name}/"
-    raise FileNotFoundError(f"No data file: {looked}. Set data_path to a JSON Lines, JSON, CSV, TSV or Parquet file "
-        "with titles and descriptions, or place trn.json as data/README.md says.")
+    raise FileNotFoundError(
+        f"No data file: {looked}. Set data_path to a JSON Lines, JSON, CSV, TSV or Parquet "
+        "file with titles and descriptions, or place trn.json as data/README.md says.")
 
 # %% ../nbs/11_data.ipynb #07095f31
 _HEAD_SIZE = 1 << 18 # bytes
@@ -88,7 +90,8 @@ def _detect_encoding(path):
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)): return "utf-16"
     if _looks_like_utf8(head, complete): return "utf-8"
     likely = _guess_encoding(head)
-    raise ValueError(f"{path} is not UTF-8. It looks like {likely}: set encoding=\"{likely}\" if that is right.")
+    raise ValueError(
+        f"{path} is not UTF-8. It looks like {likely}: set encoding=\"{likely}\" if that is right.")
 
 # %% ../nbs/11_data.ipynb #c200f63e
 def choose_encoding(
@@ -144,9 +147,11 @@ def _detect_format(path, head, text):
     return "jsonl" if _is_json_lines(path, text) else "csv"
 
 # %% ../nbs/11_data.ipynb #8b26da41
-TITLE_NAMES = ("title", "name", "product name", "product title", "item name", "item title", "post title")
+TITLE_NAMES = ("title", "name", "product name", "product title",
+               "item name", "item title", "post title")
 CONTENT_NAMES = (
-    "content", "description", "body html", "body", "product description", "about product", "item description",
+    "content", "description", "body html", "body",
+    "product description", "about product", "item description",
     "long description", "post content")
 
 def _normalize_name(column):
@@ -174,12 +179,14 @@ def _raise_if_chats(path, columns):
     "ValueError for chats and instruction pairs, which have prompts instead of titles"
     if {"title", "content"} <= set(columns): return
     if chat := {"messages", "conversations"} & set(columns):
-        raise ValueError(f"{path} contains chats ({min(chat)}), not titles and contents. "
-            "Write the product's title and its description of each chat into two fields, title and content.")
+        raise ValueError(
+            f"{path} contains chats ({min(chat)}), not titles and contents. Write the product's "
+            "title and its description of each chat into two fields, title and content.")
     if {"instruction", "output"} <= set(columns):
         found = [c for c in ("instruction", "input", "output") if c in columns]
-        raise ValueError(f"{path} contains instruction pairs ({', '.join(found)}). If one field is the title and "
-            "another its description, name them: for instance title_field=\"input\", content_field=\"output\".")
+        raise ValueError(f"{path} contains instruction pairs ({', '.join(found)}). "
+                         "If one field is the title and another its description, name them: "
+                         "for instance title_field=\"input\", content_field=\"output\".")
 
 # %% ../nbs/11_data.ipynb #5a0bebfb
 def choose_fields(
@@ -216,7 +223,8 @@ class Source(NamedTuple):
             how += f" ({packing})"
         if self.encoding != "utf-8":
             how += f" in {self.encoding}"
-        return f"{self.path.name}: {how}, title from {self.fields[0]!r}, content from {self.fields[1]!r}"
+        return (f"{self.path.name}: {how}, title from {self.fields[0]!r}, "
+                f"content from {self.fields[1]!r}")
 
 # %% ../nbs/11_data.ipynb #a5daae19
 def _load_json(line):
@@ -270,7 +278,8 @@ def _raise_if_repeated(path, columns, fields):
     "ValueError if several columns have the name of a field"
     for name in fields:
         if columns.count(name) > 1:
-            raise ValueError(f"{path} has {columns.count(name)} columns named {name!r}. Rename all but one.")
+            raise ValueError(
+                f"{path} has {columns.count(name)} columns named {name!r}. Rename all but one.")
 
 # %% ../nbs/11_data.ipynb #9cd41168
 def _header_end(text, body):
@@ -304,7 +313,8 @@ def _inspect_csv(path, text, encoding, given):
 def _read_first_items(path, encoding, n=100):
     "The objects among the first items of an array"
     found = []
-    with contextlib.suppress(*UNPACKING_ERRORS): # reported later, with the line, when all of the file is read
+    # reported later, with the line, when all of the file is read
+    with contextlib.suppress(*UNPACKING_ERRORS):
         for _, value, *_ in itertools.islice(_read_array_items(path, encoding), n):
             if isinstance(value, dict):
                 found.append(value)
@@ -323,11 +333,14 @@ def inspect_file(
     text = head.decode("utf-8", "ignore")
     kind, given = _detect_format(path, head, text), (title_field, content_field)
     if kind == "parquet":
-        return Source(Path(path), kind, encoding, choose_fields(path, *_parquet_columns(path), *given))
+        return Source(Path(path), kind, encoding,
+            choose_fields(path, *_parquet_columns(path), *given))
     if kind == "csv": return _inspect_csv(path, text, encoding, given)
-    objects = _read_first_objects(path, text, complete) if kind == "jsonl" else _read_first_items(path, encoding)
+    objects = (_read_first_objects(path, text, complete) if kind == "jsonl"
+               else _read_first_items(path, encoding))
     if not objects: return Source(Path(path), kind, encoding, DEFAULT_FIELDS)
-    return Source(Path(path), kind, encoding, choose_fields(path, *_nonempty_columns(objects), *given))
+    return Source(Path(path), kind, encoding,
+        choose_fields(path, *_nonempty_columns(objects), *given))
 
 # %% ../nbs/11_data.ipynb #a0a4474c
 def _positions(block, character):
@@ -365,8 +378,10 @@ def _field_counts(block, separator, ends):
 def _to_table(lines, titles, contents):
     "A table of rows; a missing value is an empty text"
     no_uid = pl.Series([None]*len(lines), dtype=pl.String)
-    columns = {"line": pl.Series(lines, dtype=pl.UInt32), "uid": no_uid, "title": titles, "content": contents}
-    return pl.DataFrame(columns, schema=ROW_SCHEMA).with_columns(pl.col("title", "content").fill_null(""))
+    columns = {"line": pl.Series(lines, dtype=pl.UInt32),
+               "uid": no_uid, "title": titles, "content": contents}
+    return pl.DataFrame(columns, schema=ROW_SCHEMA).with_columns(
+        pl.col("title", "content").fill_null(""))
 
 def _parse_csv_fast(block, first, source):
     "The rows of regular records, parsed by polars; None if it could misread one"
@@ -377,7 +392,8 @@ def _parse_csv_fast(block, first, source):
     schema = dict.fromkeys(names, pl.String)
     try:
         table = pl.read_csv(
-            io.BytesIO(block), has_header=False, new_columns=names, schema=schema, separator=source.separator)
+            io.BytesIO(block), has_header=False, new_columns=names,
+            schema=schema, separator=source.separator)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
         return None
     if table.height != len(ends): return None
@@ -557,7 +573,8 @@ def _fill(buffer):
         text = buffer.decoder.decode(piece)
     except UnicodeDecodeError:
         place = f"{buffer.path}, after line {buffer.line}: not UTF-8."
-        raise ValueError(f"{place} Set encoding to the one it was saved in, such as latin-1.") from None
+        raise ValueError(
+            f"{place} Set encoding to the one it was saved in, such as latin-1.") from None
     buffer.text, buffer.start = buffer.text[buffer.start:] + text, 0
     return True
 
@@ -596,7 +613,8 @@ def _decode_item(buffer, fields):
             if not incomplete or len(buffer.text) - buffer.start > _MAX_ITEM_LENGTH:
                 line = buffer.line + buffer.text.count("\n", buffer.start, e.pos)
                 place = f"{buffer.path}, line {line}: not JSON: {e.msg}."
-                raise ValueError(f"{place} The array cannot be read beyond this line: correct it.") from None
+                raise ValueError(
+                    f"{place} The array cannot be read beyond this line: correct it.") from None
             if not _fill(buffer): return None
 
 # %% ../nbs/11_data.ipynb #13c9459c
@@ -622,7 +640,8 @@ def _read_array_items(path, encoding, fields=DEFAULT_FIELDS):
     if mark != "]":
         yield buffer.line, ValueError(buffer.problem), "", buffer.position
     elif _skip(buffer, buffer.start + 1):
-        raise _array_error(buffer, "text after the end of the array", "Write one array, or JSON Lines.")
+        raise _array_error(buffer, "text after the end of the array",
+            "Write one array, or JSON Lines.")
 
 # %% ../nbs/11_data.ipynb #fc2578ee
 def _items_to_rows(items, fields):
@@ -653,18 +672,21 @@ def _open_parquet(path):
         try:
             file.writelines(piece for piece, _ in read_pieces(path, "bytes"))
         except UNPACKING_ERRORS as e:
-            raise ValueError(f"{path} is damaged or cut off ({e}). Copy or download it again.") from None
+            raise ValueError(
+                f"{path} is damaged or cut off ({e}). Copy or download it again.") from None
     try:
         return pq.ParquetFile(file)
     except pa.ArrowInvalid as e:
         reason = str(e).splitlines()[0]
-        raise ValueError(f"{path} is not a complete Parquet file ({reason}). Copy or download it again.") from None
+        raise ValueError(f"{path} is not a complete Parquet file ({reason}). "
+                         "Copy or download it again.") from None
 
 # %% ../nbs/11_data.ipynb #6681123f
 def _is_text(kind):
     "Whether a column's type is text, or lists of text"
     import pyarrow.types as t
-    inner = kind.value_type if t.is_list(kind) or t.is_large_list(kind) or t.is_dictionary(kind) else kind
+    inner = (kind.value_type if t.is_list(kind) or t.is_large_list(kind)
+             or t.is_dictionary(kind) else kind)
     return t.is_string(inner) or t.is_large_string(inner) or t.is_string_view(inner)
 
 def _parquet_columns(path):
@@ -714,7 +736,8 @@ def read_parts(
         for line, block, problem in read_blocks(source.path, size, source.encoding):
             yield partial(parse_block, block, line, problem, source.fields)
         return
-    readers = {"csv": partial(_read_csv_parts, size=size), "array": _read_array_parts, "parquet": _read_parquet_parts}
+    readers = {"csv": partial(_read_csv_parts, size=size),
+               "array": _read_array_parts, "parquet": _read_parquet_parts}
     for _, parse in show_progress(source.path, readers[source.format](source)):
         yield parse
 
@@ -725,6 +748,7 @@ def read_catalogue(
     encoding:str="auto", # as for `inspect_file`
 )->tuple[pl.DataFrame, list[dict]]: # rows with `line`, `uid`, `title`, `content`; rejected records from `rejection`
     "All rows of a catalogue, and the rejected records"
-    parts = [parse() for parse in read_parts(inspect_file(path, title_field, content_field, encoding))]
+    parts = [parse()
+             for parse in read_parts(inspect_file(path, title_field, content_field, encoding))]
     rows = pl.concat([pl.DataFrame(schema=ROW_SCHEMA), *(part for part, _ in parts)])
     return rows, [record for _, rejected in parts for record in rejected]

@@ -19,13 +19,16 @@ from .secrets import clear_secrets, redact
 @contextmanager
 def _exclusive_run(folder):
     "Lock a run's folder for this process; ValueError if another process has locked it"
-    from filelock import FileLock, Timeout # takes as long to import as all other imports of this module
+    # takes as long to import as all other imports of this module
+    from filelock import FileLock, Timeout
     path = Path(folder).resolve()
-    lock = FileLock(path.with_name(f".{path.name}.lock")) # the file stays; it lies beside the folder
+    # the file stays; it lies beside the folder
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"{folder} is in use: another process executes this run. Wait until it ends.") from None
+        raise ValueError(
+            f"{folder} is in use: another process executes this run. Wait until it ends.") from None
     try:
         yield
     finally:
@@ -42,7 +45,8 @@ def _headings(cells):
         yield heading
 
 # %% ../nbs/73_execute.ipynb #259be368
-def _client_class(): # a function, because Papermill takes as long to import as all other imports of this module
+# a function, because Papermill takes as long to import as all other imports of this module
+def _client_class():
     "Papermill's client, but printing text only: streams and Markdown"
     from nbformat.v4 import new_output
     from papermill.clientwrap import PapermillNotebookClient
@@ -65,7 +69,8 @@ def _section_printer(nb_man, started_cells):
         earlier = [h for c, h in zip(cells[:index], headings) if c["cell_type"] == "code"]
         if cell["cell_type"] == "code" and headings[index] not in ("", *earlier):
             minutes = (time.time() - start)/60
-            print(f"\n[{minutes:.1f} min, cell {index + 1} of {len(cells)}] {headings[index]}", flush=True)
+            print(f"\n[{minutes:.1f} min, "
+                  f"cell {index + 1} of {len(cells)}] {headings[index]}", flush=True)
         return cell_start(cell, index, **more)
     return print_section
 
@@ -79,7 +84,8 @@ def _register_engine(started_cells):
         def execute_managed_notebook(cls, nb_man, kernel_name, **options):
             "Execute the notebook; print a section before its first code cell"
             nb_man.cell_start = _section_printer(nb_man, started_cells)
-            quiet = ["--IPKernelApp.log_level=CRITICAL"] # the kernel reports interruptions before it is shut down
+            # the kernel reports interruptions before it is shut down
+            quiet = ["--IPKernelApp.log_level=CRITICAL"]
             client = _client_class()(
                 nb_man, kernel_name=kernel_name, log=logger, extra_arguments=quiet,
                 stdout_file=options["stdout_file"], stderr_file=options["stderr_file"],
@@ -115,7 +121,8 @@ def _run_papermill(notebook, executed, parameters):
         if e.ename == "KeyboardInterrupt": return {"state": "interrupted"}, KeyboardInterrupt()
         return _failed(e.cell_index + 1, f"{e.ename}: {e.evalue}"), None
     except KeyboardInterrupt as e:
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL) # no traceback of the tasks that Papermill leaves
+        # no traceback of the tasks that Papermill leaves
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         return {"state": "interrupted"}, e
     except DeadKernelError:
         return _failed(started_cells[-1], _KILLED), None
@@ -128,7 +135,8 @@ def _run_papermill(notebook, executed, parameters):
 # %% ../nbs/73_execute.ipynb #e4209a07
 def _link_latest(folder):
     "Replace the link `latest` atomically; nothing happens if the system allows no symbolic links"
-    if not is_run_id(folder.name): return # a folder of plain Papermill lies outside the folder of runs
+    if not is_run_id(folder.name):
+        return # a folder of plain Papermill lies outside the folder of runs
     latest, temporary = folder.with_name(LATEST), folder.with_name(f".{folder.name}.{LATEST}")
     with suppress(OSError):
         temporary.unlink(missing_ok=True)
@@ -146,7 +154,8 @@ def output_hashes(
     folder:str|Path, # of a run
 )->dict[str, str]: # SHA-256 by name
     "Hashes of a run's files, without the notebook and the adapter's weights, which have their own entries"
-    paths = [path for pattern in _OUTPUTS for path in sorted(Path(folder).glob(pattern)) if path.is_file()]
+    paths = [path for pattern in _OUTPUTS
+             for path in sorted(Path(folder).glob(pattern)) if path.is_file()]
     names = [path.relative_to(folder).as_posix() for path in paths]
     return {name: sha256_file(Path(folder)/name) for name in names if name != ADAPTER_WEIGHTS}
 
@@ -166,7 +175,8 @@ def _execute_notebook(folder, parameters, notebook):
     "The result of `_run_papermill`, and the text of the executed notebook"
     with tempfile.TemporaryDirectory() as temporary:
         executed = Path(temporary)/"executed.ipynb"
-        entries, error = _run_papermill(notebook, executed, parameters | {"output_dir": str(folder)})
+        entries, error = _run_papermill(
+            notebook, executed, parameters | {"output_dir": str(folder)})
         if not entries and load_manifest(folder).get("state") != "finished":
             entries = _failed(None, "the notebook ended without setting the state to finished")
         return entries, error, executed.read_text(encoding="utf-8") if executed.exists() else "{}"
@@ -187,13 +197,15 @@ def execute(
 )->Manifest: # of the run
     "Execute a notebook as a run. KeyboardInterrupt after Ctrl-C, ValueError if another process executes the run"
     with _exclusive_run(folder), _as_responsible_process() as process:
-        update_manifest(folder, state="running", process=process, failed=None, notebook=None, files=None, ended=None)
+        update_manifest(folder, state="running", process=process,
+            failed=None, notebook=None, files=None, ended=None)
         entries, error, text = _execute_notebook(folder, parameters, notebook)
         name = "failed.ipynb" if entries else "notebook.ipynb"
         cleared = _save_notebook(folder, name, text, environ)
         if "failed" in entries:
             entries["failed"]["error"] = redact(entries["failed"]["error"], environ)
-        update_manifest(folder, **entries, ended=now(), files=output_hashes(folder), cleared=cleared,
+        update_manifest(folder, **entries, ended=now(),
+            files=output_hashes(folder), cleared=cleared,
             notebook={"file": name, "sha256": sha256_file(folder/name)})
     if error: raise error
     if not entries:

@@ -64,7 +64,8 @@ def write_text(
         flush_to_disk(temporary)
         os.replace(temporary, path)
     except OSError as e:
-        raise OSError(e.errno, e.strerror or str(e), str(path)) from e # the error of a full disk does not name the file
+        # the error of a full disk does not name the file
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from e
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -111,7 +112,8 @@ def verify_checksums(
 )->bool: # False if it is incomplete or was modified
     "Whether the files of a folder match its checksums"
     try:
-        return json.loads((folder/_CHECKSUMS).read_text(encoding="utf-8")) == _compute_checksums(folder)
+        return (json.loads((folder/_CHECKSUMS).read_text(encoding="utf-8"))
+                == _compute_checksums(folder))
     except (OSError, ValueError):
         return False
 
@@ -120,23 +122,29 @@ MANIFEST_SCHEMA = 2 # version of a manifest's names; a manifest with a higher on
 
 _RENAMED_ENTRIES = {"decides": "fingerprint", "repeats": "reproducibility"}
 _RENAMED_PLAN = {
-    "rows for training": "rows", "effective batch (packs)": "effective_batch", "packs to train on": "packs",
+    "rows for training": "rows", "effective batch (packs)": "effective_batch",
+    "packs to train on": "packs",
     "rows to train on": "examples", "tokens to train on": "tokens",
     "tokens per second (measured on one pack)": "tokens_per_second",
     "tokens a second (measured on one pack)": "tokens_per_second",
     "memory in GB (estimate)": "memory_gb", "minutes of training (estimate)": "training_minutes",
-    "minutes (estimate)": "training_minutes", "minutes of evaluation (estimate)": "evaluation_minutes",
+    "minutes (estimate)": "training_minutes",
+    "minutes of evaluation (estimate)": "evaluation_minutes",
     "minutes in all (estimate)": "total_minutes"}
 
 # %% ../nbs/00_files.ipynb #ccb24d7f
 _RENAMED_FUNNEL = { # N: any number
-    "lines read": "lines_read", "rejected": "rejected", "set aside": "rejected", "not in the sample": "not_sampled",
+    "lines read": "lines_read", "rejected": "rejected",
+    "set aside": "rejected", "not in the sample": "not_sampled",
     "no content": "no_content", "no title": "no_title", "only the title": "only_title",
     "content under N characters": "too_short", "content over N characters": "too_long",
-    "duplicates rows of both splits": "in_both_splits", "copies something of both sides": "in_both_splits",
+    "duplicates rows of both splits": "in_both_splits",
+    "copies something of both sides": "in_both_splits",
     "duplicates of another title": "duplicate_title", "copies of another title": "duplicate_title",
-    "near-duplicates of another title": "near_duplicate_title", "near copies of another title": "near_duplicate_title",
-    "duplicates of another content": "duplicate_content", "copies of another content": "duplicate_content",
+    "near-duplicates of another title": "near_duplicate_title",
+    "near copies of another title": "near_duplicate_title",
+    "duplicates of another content": "duplicate_content",
+    "copies of another content": "duplicate_content",
     "near-duplicates of another content": "near_duplicate_content",
     "near copies of another content": "near_duplicate_content",
     "for training": "train", "for the test": "test",
@@ -150,9 +158,11 @@ def _rename_keys(entries, names):
 def _upgrade_funnel(funnel):
     "The counts by field name; a reason that schema 1 left out removed no row"
     if "lines read" not in funnel: return funnel
-    return dict.fromkeys(_RENAMED_FUNNEL.values(), 0) | _rename_keys(funnel, _RENAMED_FUNNEL)
+    fields = [*_RENAMED_FUNNEL.values(), "unsupported"]
+    return dict.fromkeys(fields, 0) | _rename_keys(funnel, _RENAMED_FUNNEL)
 
-_NEW_PARAMETERS = {"sources": 0, "source_chars": 400, "targets": "all"} # schema 1 trained as with these values
+# schema 1 trained as with these values
+_NEW_PARAMETERS = {"sources": 0, "source_chars": 400, "targets": "all"}
 
 def upgrade_manifest(
     entries:dict, # of a manifest
@@ -164,8 +174,10 @@ def upgrade_manifest(
     if schema == 1: entries["schema"] = MANIFEST_SCHEMA
     if schema in (None, 1) and isinstance(given := entries.get("given"), dict) and given:
         entries["given"] = _NEW_PARAMETERS | given
-    if isinstance(plan := entries.get("plan"), dict): entries["plan"] = _rename_keys(plan, _RENAMED_PLAN)
-    if isinstance(funnel := entries.get("funnel"), dict): entries["funnel"] = _upgrade_funnel(funnel)
+    if isinstance(plan := entries.get("plan"), dict):
+        entries["plan"] = _rename_keys(plan, _RENAMED_PLAN)
+    if isinstance(funnel := entries.get("funnel"), dict):
+        entries["funnel"] = _upgrade_funnel(funnel)
     return entries
 
 # %% ../nbs/00_files.ipynb #4b2a4fad

@@ -20,7 +20,8 @@ def sources_text(
     sources, # similar products, the most similar first, each with `title` and `content`
 )->str: # "" without sources
     "The part of the prompt with the sources, the most similar last"
-    return "".join(f"Similar product: {source['title']}\n{source['content']}\n" for source in reversed(sources))
+    return "".join(f"Similar product: {source['title']}\n{source['content']}\n"
+                   for source in reversed(sources))
 
 def chat_messages(
     title:str, # the product's title
@@ -28,7 +29,8 @@ def chat_messages(
     sources=(), # similar products, the most similar first
 )->list[dict]: # chat messages, each with `role` and `content`
     "The conversation that asks for a description and, if there is one, answers with it"
-    messages = [{"role": "user", "content": f"{INSTRUCTION}\n{sources_text(sources)}{_TITLE}{title}"}]
+    messages = [{"role": "user",
+                 "content": f"{INSTRUCTION}\n{sources_text(sources)}{_TITLE}{title}"}]
     if content is not None:
         messages.append({"role": "assistant", "content": content})
     return messages
@@ -48,7 +50,8 @@ def pin_date(
     return tokenizer
 
 # %% ../nbs/20_formatting.ipynb #c015
-_PLACEHOLDERS = "\ue000title\ue001", "\ue000content\ue001" # private-use characters: no template strips or changes them
+# private-use characters: no template strips or changes them
+_PLACEHOLDERS = "\ue000title\ue001", "\ue000content\ue001"
 
 def template_text(
     tokenizer, # one with a chat template, its date pinned
@@ -56,11 +59,12 @@ def template_text(
     "The text of the chat template around a title and a content; ValueError if the template drops or moves them"
     title, content = _PLACEHOLDERS
     whole = tokenizer.apply_chat_template(chat_messages(title, content), tokenize=False)
-    prompt = tokenizer.apply_chat_template(chat_messages(title), tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(chat_messages(title),
+        tokenize=False, add_generation_prompt=True)
     if whole.count(title) != 1 or whole.count(content) != 1 or not whole.startswith(prompt):
-        raise ValueError("This chat template cannot be used for training: it does not write the title and then the "
-            "content, each once, after its generation prompt. Use a model whose template renders plain user and "
-            "assistant turns.")
+        raise ValueError("This chat template cannot be used for training: it does not write the "
+                         "title and then the content, each once, after its generation prompt. "
+                         "Use a model whose template renders plain user and assistant turns.")
     head, middle = prompt.split(title)
     between, tail = whole[len(prompt):].split(content)
     return head, middle + between, tail
@@ -72,7 +76,8 @@ def _control_ids(tokenizer, text):
 
 def _text_ids(tokenizer, text):
     "Token ids of text from the data: control tokens are plain text"
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    return tokenizer(text, add_special_tokens=False,
+        split_special_tokens=True, verbose=False).input_ids
 
 # %% ../nbs/20_formatting.ipynb #c023
 class TemplateParts(NamedTuple):
@@ -87,7 +92,8 @@ class TemplateParts(NamedTuple):
 # %% ../nbs/20_formatting.ipynb #a3f22fb2
 def _control_spans(tokenizer, text):
     "The control tokens in `text` as (start, end), in order"
-    names = sorted((re.escape(t.content) for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    names = sorted((re.escape(t.content) for t in tokenizer.added_tokens_decoder.values()),
+        key=len, reverse=True)
     return [m.span() for m in re.finditer("|".join(names), text)]
 
 def _first_control(tokenizer, text):
@@ -104,8 +110,9 @@ def template_parts(
     h = max((end for _, end in _control_spans(tokenizer, head)), default=0)
     m, t = _first_control(tokenizer, middle), _first_control(tokenizer, tail)
     if t == len(tail):
-        raise ValueError("This chat template ends the assistant's turn without a control token, so the model cannot "
-            "learn to stop. Use a model whose template ends a turn with a control token.")
+        raise ValueError(
+            "This chat template ends the assistant's turn without a control token, so the model "
+            "cannot learn to stop. Use a model whose template ends a turn with a control token.")
     return TemplateParts(
         head=_control_ids(tokenizer, head[:h]), before=head[h:],
         after=middle[:m], middle=_control_ids(tokenizer, middle[m:]),
@@ -143,8 +150,8 @@ def set_eos_and_pad(
     used = {*parts.head, *parts.middle, *parts.tail}
     unused = [t.content for i, t in sorted(tokenizer.added_tokens_decoder.items()) if i not in used]
     if not unused:
-        raise ValueError("This tokenizer has no control token for padding: its chat template uses all of them. "
-            "Add a control token to the tokenizer, or use another model.")
+        raise ValueError("This tokenizer has no control token for padding: its chat template uses "
+                         "all of them. Add a control token to the tokenizer, or use another model.")
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(parts.tail[0])
     if tokenizer.pad_token not in unused:
         tokenizer.pad_token = next((t for t in unused if "pad" in t), unused[0])
@@ -162,7 +169,8 @@ def _example(prompt, content, parts, max_length, loss_on):
     labels = list(ids)
     if loss_on == "completion":
         labels = [IGNORE_INDEX]*len(prompt) + kept + end[:1] + [IGNORE_INDEX]*(len(end) - 1)
-    return {"input_ids": ids, "labels": labels, "n_prompt": len(prompt), "n_cut": len(content) - len(kept)}
+    return {"input_ids": ids, "labels": labels,
+            "n_prompt": len(prompt), "n_cut": len(content) - len(kept)}
 
 def encode_row(
     row:dict, # `title`, `content` and perhaps `sources`
@@ -203,7 +211,8 @@ def _label_spans(example, tokenizer):
 
 def _token_box(tokenizer, i, label):
     "One token as HTML, marked if it has a loss"
-    text = html.escape(tokenizer.decode([i], clean_up_tokenization_spaces=False)).replace("\n", "↵") or "·"
+    text = (html.escape(tokenizer.decode([i], clean_up_tokenization_spaces=False))
+            .replace("\n", "↵") or "·")
     return f"<mark>{text}</mark>" if label != IGNORE_INDEX else f"<code>{text}</code>"
 
 # %% ../nbs/20_formatting.ipynb #5f0f8d9f
@@ -212,9 +221,11 @@ def show_labels(
     tokenizer, # of the model
 )->str: # HTML with escaped tokens, which a notebook shows; its `repr` is plain text
     "An example token by token: marked if the token has a loss, plain if not"
-    boxes = " ".join(_token_box(tokenizer, i, label) for i, label in zip(example["input_ids"], example["labels"]))
+    boxes = " ".join(_token_box(tokenizer, i, label)
+                     for i, label in zip(example["input_ids"], example["labels"]))
     n_loss = sum(label != IGNORE_INDEX for label in example["labels"])
-    legend = f"<mark>with loss</mark> {n_loss} tokens, <code>no loss</code> {len(example['labels']) - n_loss}"
+    legend = (f"<mark>with loss</mark> {n_loss} tokens, "
+              f"<code>no loss</code> {len(example['labels']) - n_loss}")
     page = f"<p class='tex2jax_ignore mathjax_ignore'>{boxes}</p><p>{legend}</p>"
     return _Html(page, _label_spans(example, tokenizer))
 

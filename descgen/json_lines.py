@@ -18,7 +18,8 @@ import numpy as np, polars as pl, zstandard
 from tqdm import tqdm
 
 # %% ../nbs/10_json_lines.ipynb #c010
-DEFAULT_FIELDS = ("title", "content") # keys of a row's title and content, unless the file has other names
+# keys of a row's title and content, unless the file has other names
+DEFAULT_FIELDS = ("title", "content")
 
 def _mark_repeated_keys(fields, pairs):
     "An object as a dict; a title or content that appears more than once is replaced by `...`"
@@ -35,11 +36,13 @@ def _get_text(row, key, join_lists=False):
     if value is ...: raise ValueError(f"`{key}` appears in the line more than once")
     if join_lists and _is_string_list(value):
         value = "\n".join(value)
-    if not isinstance(value, str): raise ValueError(f"`{key}` is not a string but a {type(value).__name__}")
+    if not isinstance(value, str):
+        raise ValueError(f"`{key}` is not a string but a {type(value).__name__}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"`{key}` contains half a surrogate pair, which is not a character") from None
+        raise ValueError(
+            f"`{key}` contains half a surrogate pair, which is not a character") from None
     return value
 
 # %% ../nbs/10_json_lines.ipynb #c011
@@ -83,9 +86,11 @@ def parse_row(
         value = json_decoder(fields).decode(line.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
         position = f"not UTF-8 at byte {e.start + 1}"
-        raise ValueError(f"{position}: set `encoding` if the file has another, such as latin-1") from None
+        raise ValueError(
+            f"{position}: set `encoding` if the file has another, such as latin-1") from None
     except json.JSONDecodeError as e:
-        if _is_python_dict(line): raise ValueError("a Python literal, not JSON: write rows with json.dumps") from None
+        if _is_python_dict(line):
+            raise ValueError("a Python literal, not JSON: write rows with json.dumps") from None
         raise ValueError(f"not JSON at column {e.colno}: {e.msg}") from None
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
@@ -143,7 +148,8 @@ def _decompress_pieces(path, size, packing):
                 yield decompressor.decompress(piece), raw.tell()
                 piece = decompressor.unused_data.lstrip(b"\0") if decompressor.eof else b""
     if not decompressor.eof:
-        raise EOFError(f"it ends at byte {Path(path).stat().st_size:,} in the middle of a packed block")
+        raise EOFError(
+            f"it ends at byte {Path(path).stat().st_size:,} in the middle of a packed block")
 
 # %% ../nbs/10_json_lines.ipynb #f1b6d143
 def _find_only_member(path, archive):
@@ -163,7 +169,8 @@ def _unzip_pieces(path, size):
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as e:
-        raise ValueError(f"{path} is not a complete ZIP archive ({e}). Copy or download it again.") from None
+        raise ValueError(
+            f"{path} is not a complete ZIP archive ({e}). Copy or download it again.") from None
     with archive:
         member = _find_only_member(path, archive)
         try:
@@ -188,7 +195,8 @@ def _convert_to_utf8(path, pieces, encoding):
         decoder.decode(b"", final=True)
     except UnicodeError as e:
         reason = getattr(e, "reason", e)
-        raise ValueError(f"{path} is not {encoding} ({reason}). Set encoding to the one it was saved in.") from None
+        raise ValueError(f"{path} is not {encoding} ({reason}). "
+                         "Set encoding to the one it was saved in.") from None
 
 # %% ../nbs/10_json_lines.ipynb #dbd96098
 def read_pieces(
@@ -234,11 +242,13 @@ def show_progress(
     blocks, # yields (number of the first line, …, position in the file)
 ): # yields the same without the position
     "A progress bar over a file, if reading takes longer than two seconds"
-    with tqdm(total=Path(path).stat().st_size, unit="B", unit_scale=True, delay=2, desc=Path(path).name) as bar:
+    with tqdm(total=Path(path).stat().st_size, unit="B",
+            unit_scale=True, delay=2, desc=Path(path).name) as bar:
         for line, *rest, position in blocks:
             yield line, *rest
             bar.update(position - bar.n)
-            bar.set_postfix_str(f"{line/max(bar.format_dict['elapsed'], 1e-3):,.0f} rows/s", refresh=False)
+            bar.set_postfix_str(
+                f"{line/max(bar.format_dict['elapsed'], 1e-3):,.0f} rows/s", refresh=False)
 
 def read_blocks(
     path:str|Path, # JSON Lines: uncompressed, `.gz`, `.zst` or `.zip`
@@ -300,7 +310,8 @@ def _parse_fast(block, fields=DEFAULT_FIELDS):
     rows = rows.select("uid", title=fields[0], content=fields[1])
     if rows["title"].null_count() or rows["content"].null_count(): return None
     if _count(text, r'"uid"\s*:\s*(?:-?[0-9]+[.eE]|[\[{])'): return None # polars writes 1.0 as 1
-    least = 3*rows.height + rows["uid"].count() # each line has one line break and each key at least once
+    # each line has one line break and each key at least once
+    least = 3*rows.height + rows["uid"].count()
     escapes = _count(text, _key_pattern(fields)) - least
     if escapes and not _escapes_are_valid(text, escapes): return None
     return rows if _values_are_strings(block, rows, fields) else None
@@ -312,7 +323,8 @@ def rejection(
     text:bytes, # the line
 )->dict: # `line`, `reason`, `text`: its first 1,000 bytes
     "The entry for a rejected line"
-    return {"line": line, "reason": reason, "text": text[:1000].decode("utf-8", "replace").rstrip("\r\n")}
+    return {"line": line, "reason": reason,
+            "text": text[:1000].decode("utf-8", "replace").rstrip("\r\n")}
 
 def _parse_slowly(lines, numbers, fields=DEFAULT_FIELDS):
     "Rows and rejected lines, parsed by Python"
@@ -376,7 +388,8 @@ def raise_bad_line(
 ):
     "Raise a ValueError for a rejected line"
     line = f"{path}, line {rejected['line']}: {rejected['reason']}."
-    raise ValueError(f"{line} Correct the line, or set strict=False to reject and count such lines.")
+    raise ValueError(
+        f"{line} Correct the line, or set strict=False to reject and count such lines.")
 
 def read_rows(
     path:str|Path, # JSON Lines in UTF-8, compressed or not

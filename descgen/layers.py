@@ -20,7 +20,8 @@ def addmm_lora(X, X_lora, W, A, B, s):
     if s == 1:
         B, s = B/2, 2
     delta = X_lora.reshape(-1, X.shape[-1]) @ A.to(X.dtype).t() @ B.to(X.dtype).t()
-    return delta.addmm_(X.reshape(-1, X.shape[-1]), W.t(), beta=s).view(*X.shape[:-1], -1)
+    rows = X.reshape(-1, X.shape[-1])
+    return delta.addmm_(rows, W.t(), beta=s).view(*X.shape[:-1], -1)
 
 # %% ../nbs/32_layers.ipynb #23795f42
 def _is_supported(X, W, state):
@@ -34,9 +35,11 @@ def _is_supported(X, W, state):
 def _gemv_4bit(X, W, state):
     "One token times a 4-bit matrix in float32, by Unsloth's Triton kernel; None if that kernel is not in use"
     from unsloth.kernels import utils
-    if state is None or len(X) > 1 or not (utils._USE_NF4_KERNELS and utils._TRITON_GEMV_EAGER): return None
+    if state is None or len(X) > 1 or not (utils._USE_NF4_KERNELS and utils._TRITON_GEMV_EAGER):
+        return None
     total = utils.fast_gemv(X.float(), W, state)[0]
-    if not utils._USE_NF4_KERNELS: return None # the kernel failed, and bitsandbytes read the float32 input as 16 bits
+    if not utils._USE_NF4_KERNELS:
+        return None # the kernel failed, and bitsandbytes read the float32 input as 16 bits
     return total
 
 def decode_lora(X, W, state, A, B, s):
@@ -47,7 +50,9 @@ def decode_lora(X, W, state, A, B, s):
     if total is None:
         weight = utils.fast_dequantize(W, state, use_global_buffer=True, dtype=X.dtype)
         total = torch.mm(X[:, 0], weight.t(), out_dtype=torch.float32)
-    return torch.addmm(total, X[:, 0] @ A.t(), B.t(), out_dtype=torch.float32, alpha=s)[:, None]
+    inner = X[:, 0] @ A.t()
+    total = torch.addmm(total, inner, B.t(), out_dtype=torch.float32, alpha=s)
+    return total[:, None]
 
 # %% ../nbs/32_layers.ipynb #da56bc3f
 def _rounded_matmul_lora(original, utils):
@@ -55,7 +60,8 @@ def _rounded_matmul_lora(original, utils):
     def matmul_lora(X, W, W_quant, A, B, s, out=None, use_global_buffer=True):
         if A is None or not _is_supported(X, W, W_quant):
             return original(X, W, W_quant, A, B, s, out, use_global_buffer)
-        weight = utils.fast_dequantize(W, W_quant, use_global_buffer=use_global_buffer, dtype=X.dtype)
+        weight = utils.fast_dequantize(W, W_quant,
+            use_global_buffer=use_global_buffer, dtype=X.dtype)
         return addmm_lora(X, X, weight, A, B, s)
     return matmul_lora
 
@@ -72,9 +78,11 @@ def _rounded_matmul_lora_ext(original, utils):
 def _rounded_linear(original, utils):
     "Unsloth's function for one token, summed in float32 if the weight is supported"
     def fast_linear_forward(proj, X, temp_lora=None, out=None):
-        if X.shape[1] != 1 or not has_plain_adapter(proj): return original(proj, X, temp_lora, out)
+        if X.shape[1] != 1 or not has_plain_adapter(proj):
+            return original(proj, X, temp_lora, out)
         W, state, A, B, s, bias = utils.get_lora_parameters_bias(proj)
-        if bias is not None or not _is_supported(X, W, state): return original(proj, X, temp_lora, out)
+        if bias is not None or not _is_supported(X, W, state):
+            return original(proj, X, temp_lora, out)
         total = decode_lora(X, W, state, A, B, s)
         return total.to(X.dtype) if out is None else out.copy_(total) # `copy_` rounds, too
     return fast_linear_forward
@@ -83,8 +91,12 @@ def _rounded_linear(original, utils):
 def unsloth_replacements()->dict: # Unsloth's functions and their replacements
     "Unsloth's three functions that add an adapter's output, and the same rounded once"
     from unsloth.kernels import fast_lora, utils
-    matmul, matmul_ext, linear = utils.matmul_lora, fast_lora._matmul_lora_ext, utils.fast_linear_forward
-    return {matmul: _rounded_matmul_lora(matmul, utils), matmul_ext: _rounded_matmul_lora_ext(matmul_ext, utils),
+    matmul = utils.matmul_lora
+    matmul_ext = fast_lora._matmul_lora_ext
+    linear = utils.fast_linear_forward
+    return {
+        matmul: _rounded_matmul_lora(matmul, utils),
+        matmul_ext: _rounded_matmul_lora_ext(matmul_ext, utils),
         linear: _rounded_linear(linear, utils)}
 
 # %% ../nbs/32_layers.ipynb #b87102b4

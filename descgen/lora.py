@@ -18,7 +18,8 @@ def dropout_mask(
     p:float, # fraction to drop, 0 to 1
 )->torch.Tensor: # booleans in the shape of `x`: True where a value is kept
     "A dropout mask, sampled with PyTorch's generator"
-    words = torch.empty(-(-x.numel()//4), dtype=torch.int64).random_(-2**63, None) # 64 bits: four values each
+    # 64 bits: four values each
+    words = torch.empty(-(-x.numel()//4), dtype=torch.int64).random_(-2**63, None)
     threshold = min(round(p*2**16), 2**16 - 1) - 2**15
     return (words.view(torch.int16)[:x.numel()] >= threshold).view(x.shape)
 
@@ -51,7 +52,8 @@ def _lora_gradients(grad, saved, base):
     grad_A = grad_inner.T @ _masked(rows, mask)
     grad_B = grad.T @ inner
     weight = _dequantized_weight(base, grad.dtype)
-    return torch.addmm(_masked(grad_inner @ A, mask), grad, weight), grad_A.float(), grad_B.float()
+    grad_x = torch.addmm(_masked(grad_inner @ A, mask), grad, weight)
+    return grad_x, grad_A.float(), grad_B.float()
 
 # %% ../nbs/30_lora.ipynb #ce2feb13
 class FusedLoRALinear(torch.autograd.Function):
@@ -84,7 +86,8 @@ def has_plain_adapter(layer):
 
 def _lora_forward(self, x, *args, **kwargs):
     "Forward pass of a PEFT LoRA layer, rounded once"
-    if args or kwargs or not has_plain_adapter(self): return type(self).forward(self, x, *args, **kwargs)
+    if args or kwargs or not has_plain_adapter(self):
+        return type(self).forward(self, x, *args, **kwargs)
     name = self.active_adapters[0]
     p = getattr(self.lora_dropout[name], "p", 0) if self.training else 0
     A, B = self.lora_A[name].weight, self.lora_B[name].weight

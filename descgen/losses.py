@@ -23,7 +23,8 @@ def _shared_prefix_length(examples):
     "How many leading tokens all examples share before the first label"
     first = min(_first_label(e["labels"]) for e in examples)
     common = os.path.commonprefix([e["input_ids"] for e in examples])
-    return min(len(common), max(first - 1, 0)) # the token before the first label predicts it, so it is not shared
+    # the token before the first label predicts it, so it is not shared
+    return min(len(common), max(first - 1, 0))
 
 # %% ../nbs/41_losses.ipynb #4a5eef83
 def share_prefix(
@@ -87,7 +88,8 @@ def _token_losses(model, batch):
         mean = model(**batch, labels=labels[None], use_cache=False).loss.detach().float()
         return mean.expand(len(positions))
     logits = model(**batch, logits_to_keep=positions, use_cache=False).logits[0]
-    return torch.nn.functional.cross_entropy(logits.float(), labels[positions + 1], reduction="none")
+    return torch.nn.functional.cross_entropy(logits.float(), labels[positions + 1],
+        reduction="none")
 
 # %% ../nbs/41_losses.ipynb #ad460ddb
 def _losses_in_batches(model, examples, recipe, tokens):

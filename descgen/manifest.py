@@ -24,7 +24,8 @@ from .secrets import redact
 def _git(*arguments):
     "The output of a git command in this folder; None without git or if the command fails"
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", errors="replace", timeout=30)
+        done = subprocess.run(["git", *arguments], capture_output=True,
+            encoding="utf-8", errors="replace", timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
@@ -59,11 +60,13 @@ def now()->str: # such as 2026-11-25T02:30:00Z
     return f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 
 # %% ../nbs/71_manifest.ipynb #c9506067
-STARTER_VARIABLE = "DESCGEN_STARTER" # environment variable in which `execute` passes its process to the notebook
+# environment variable in which `execute` passes its process to the notebook
+STARTER_VARIABLE = "DESCGEN_STARTER"
 
 def responsible_process():
     "The process that executes the notebook, or the notebook's own process if there is none"
-    own = {"id": os.getpid(), "began": _process_start(os.getpid()), "host": platform.node(), "wraps": False}
+    own = {"id": os.getpid(), "began": _process_start(os.getpid()),
+           "host": platform.node(), "wraps": False}
     return json.loads(os.environ.get(STARTER_VARIABLE, "null")) or own
 
 def _code_state():
@@ -76,7 +79,8 @@ def environment_info(
     lock:str|Path="requirements.lock", # lock file of the installed packages
 )->dict: # entries of a run's manifest
     "The start time, code, machine, process and package versions of a run"
-    names_and_versions = [(d.metadata["Name"], d.version) for d in distributions() if d.metadata["Name"]]
+    names_and_versions = [(d.metadata["Name"], d.version)
+                          for d in distributions() if d.metadata["Name"]]
     return {"schema": MANIFEST_SCHEMA, "started": now(), "code": _code_state(),
         "lock_sha256": sha256_file(lock) if Path(lock).is_file() else None, "machine": _machine(),
         "process": responsible_process(), "versions": dict(sorted(names_and_versions))}
@@ -84,9 +88,11 @@ def environment_info(
 # %% ../nbs/71_manifest.ipynb #c115b440
 class _StartEntries(BaseModel):
     "What is known when a run starts"
-    schema_version: int|None = Field(None, alias="schema", description="version of the entries' names")
+    schema_version: int|None = Field(None, alias="schema",
+        description="version of the entries' names")
     state: str = Field(description=
-        "running, finished, failed or interrupted; running is read as interrupted if the process has ended")
+        "running, finished, failed or interrupted; "
+        "running is read as interrupted if the process has ended")
     started: str|None = Field(None, description="start time in UTC")
     given: dict|None = Field(None, description="parameters as given")
     data_path: str|None = Field(None, description="data file")
@@ -105,17 +111,21 @@ class _TrainingEntries(BaseModel):
     reproducibility: str|None = Field(None, description=
         "exact: the same parameters give the same bytes on this machine; or approximate")
     model: dict|None = Field(None, description=
-        "base model, with the SHA-256 of each of its files, of the tokenizer and of the chat template")
+        "base model, with the SHA-256 of each of its files, "
+        "of the tokenizer and of the chat template")
     resumed_from: str|None = Field(None, description="checkpoint that the run was resumed from")
     funnel: dict|None = Field(None, description="number of rows used, and rejected for each reason")
     cleaned: dict|None = Field(None, description="number of rows that each cleaning step changed")
     plan: dict|None = Field(None, description="planned steps, tokens, memory and time")
-    leaks: list|None = Field(None, description="test rows with a near-duplicate among the training rows")
+    leaks: list|None = Field(None,
+        description="test rows with a near-duplicate among the training rows")
     history: list|None = Field(None, description="losses by step")
-    skipped_steps: int|None = Field(None, description="optimizer steps that fp16's loss scaling skipped")
+    skipped_steps: int|None = Field(None,
+        description="optimizer steps that fp16's loss scaling skipped")
     test_loss: dict|None = Field(None, description=
         "test loss before and after training, in nats per completion token")
-    descriptions: list|None = Field(None, description="titles with the descriptions before and after training")
+    descriptions: list|None = Field(None,
+        description="titles with the descriptions before and after training")
     peak_memory_gb: int|float|None = Field(None, description="peak memory during training")
     minutes: int|float|None = Field(None, description="duration of the notebook up to the report")
     adapter_sha256: str|None = Field(None, description="SHA-256 of the adapter's weights")
@@ -133,18 +143,21 @@ class Manifest(_TrainingEntries, _StartEntries):
     cleared: list|None = Field(None, description=
         "files in which a secret or the path of the home folder was hidden")
     id: str = Field("", exclude=True, description="not in the file: name of the run's folder")
-    why: str|None = Field(None, exclude=True, description="not in the file: why the file cannot be read")
+    why: str|None = Field(None, exclude=True,
+        description="not in the file: why the file cannot be read")
 
 # %% ../nbs/71_manifest.ipynb #79fd2c8d
 def _error_entries(error, cell):
     "The manifest's entries for the error that ended a cell"
     if isinstance(error, KeyboardInterrupt): return {"state": "interrupted"}
-    return {"state": "failed", "failed": {"cell": cell, "error": redact(f"{type(error).__name__}: {error}")}}
+    return {"state": "failed",
+            "failed": {"cell": cell, "error": redact(f"{type(error).__name__}: {error}")}}
 
 def _print_how_to_resume(folder, shell):
     "Print how to resume an interrupted run, unless `descgen run` prints it"
     if hasattr(shell, "kernel"):
-        shell.kernel.log.setLevel("CRITICAL") # no traceback when Papermill has closed the connection
+        # no traceback when Papermill has closed the connection
+        shell.kernel.log.setLevel("CRITICAL")
     if STARTER_VARIABLE in os.environ: return
     print("Interrupted. Execute the notebook again with the same parameters: "
           f"the run in {folder} continues from its last checkpoint.")
@@ -160,7 +173,8 @@ def record_failures(
     if not shell: return
     def update_state(result):
         "Record an error of the cell, or remove the last one"
-        error, state = result.error_before_exec or result.error_in_exec, load_manifest(folder).get("state")
+        error, state = (result.error_before_exec or result.error_in_exec,
+                        load_manifest(folder).get("state"))
         if error and state == "running":
             update_manifest(folder, **_error_entries(error, result.execution_count), ended=now())
             if isinstance(error, KeyboardInterrupt):
@@ -178,7 +192,8 @@ def _is_alive(process):
     if not process: return False
     if process.get("host") != platform.node(): return True
     began, recorded = _process_start(process.get("id")), process.get("began")
-    if began is None or not isinstance(recorded, (int, float)): return False # older versions recorded ticks, a string
+    if began is None or not isinstance(recorded, (int, float)):
+        return False # older versions recorded ticks, a string
     return abs(began - recorded) <= _TOLERANCE # else another process has this number now
 
 def _current_state(manifest):
@@ -199,7 +214,8 @@ def _read_entries(path):
         raise ValueError(f"{MANIFEST} is not JSON")
     if not isinstance(entries, dict) or not isinstance(entries.get("state"), str):
         raise ValueError(f"{MANIFEST} has no state")
-    return {name: value for name, value in entries.items() if value is not None and name not in ("id", "why")}
+    return {name: value for name, value in entries.items()
+            if value is not None and name not in ("id", "why")}
 
 def _validate(entries):
     "A manifest from the entries of any schema up to the present one; ValueError if one has a wrong type"

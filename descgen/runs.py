@@ -29,9 +29,11 @@ def _run_row(manifest):
         "A value in an entry; None if it is missing or has another type"
         found = (entry or {}).get(key)
         return found if isinstance(found, kind) else None
-    return {"id": manifest.id, "state": manifest.state, "model": value(manifest.fingerprint, "model_id", str),
+    return {"id": manifest.id, "state": manifest.state,
+        "model": value(manifest.fingerprint, "model_id", str),
         "rows": value(manifest.plan, "rows"), "steps": value(manifest.plan, "steps"),
-        "loss": value(manifest.test_loss, "after"), "minutes": manifest.minutes, "why": manifest.why}
+        "loss": value(manifest.test_loss, "after"),
+        "minutes": manifest.minutes, "why": manifest.why}
 
 # %% ../nbs/72_runs.ipynb #80dc65b2
 def list_runs(
@@ -48,7 +50,8 @@ def list_runs(
     rows = [_run_row(read_manifest(f)) for f in _run_folders(root)]
     if state:
         rows = [row for row in rows if row["state"] == state]
-    with_value = sorted((row for row in rows if row[sort] is not None), key=lambda row: (row[sort], row["id"]))
+    with_value = sorted((row for row in rows if row[sort] is not None),
+        key=lambda row: (row[sort], row["id"]))
     without_value = sorted((row for row in rows if row[sort] is None), key=lambda row: row["id"])
     return with_value + without_value
 
@@ -82,18 +85,22 @@ def find_run(
     if len(matches) == 1: return matches[0]
     if (folder/MANIFEST).is_file(): return folder.resolve()
     names = ", ".join(f.name for f in matches[:5])
-    if matches: raise ValueError(f"{len(matches)} runs begin with {name!r}: {names}. Type more of the id.")
-    if folder.is_dir(): raise ValueError(f"{name!r} is not the folder of a run: it has no {MANIFEST}.")
-    command = "descgen runs" if Path(root) == RUNS else f"descgen runs --root {shlex.quote(str(root))}"
-    raise ValueError(f"No run {name!r}: it is not an id in {root} or the beginning of one, nor the folder of a run. "
-                     f"`{command}` lists all runs.")
+    if matches:
+        raise ValueError(f"{len(matches)} runs begin with {name!r}: {names}. Type more of the id.")
+    if folder.is_dir():
+        raise ValueError(f"{name!r} is not the folder of a run: it has no {MANIFEST}.")
+    command = ("descgen runs" if Path(root) == RUNS
+               else f"descgen runs --root {shlex.quote(str(root))}")
+    raise ValueError(f"No run {name!r}: it is not an id in {root} or the beginning of one, "
+                     f"nor the folder of a run. `{command}` lists all runs.")
 
 # %% ../nbs/72_runs.ipynb #f560b44a
 def run_hash(
     fingerprint:dict, # everything that the result depends on: JSON
 )->str: # eight hexadecimal digits
     "A short hash of everything that a result depends on"
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return hashlib.sha256(
+        json.dumps(fingerprint, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 _ID = re.compile(r"\d{8}T\d{6}Z-.+")
 
@@ -113,7 +120,8 @@ def create_run(
 )->Path: # its folder, which is new and holds a manifest
     "Create the folder of a new run"
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,40}", name):
-        raise ValueError(f"A run's name has at most 41 small letters, digits and dashes, not {name!r}.")
+        raise ValueError(
+            f"A run's name has at most 41 small letters, digits and dashes, not {name!r}.")
     run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{name}-{run_hash(fingerprint)}"
     temporary = Path(root)/f".{run_id}-{uuid.uuid4().hex}"
     write_manifest(temporary, {"state": "running", "given": given, **(begun or environment_info())})
@@ -122,4 +130,5 @@ def create_run(
             return temporary.rename(Path(root)/(run_id if n == 1 else f"{run_id}-{n}"))
         except OSError as e:
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise
-    raise FileExistsError(f"{root} already holds a thousand runs {run_id}. Start the run again a second later.")
+    raise FileExistsError(
+        f"{root} already holds a thousand runs {run_id}. Start the run again a second later.")

@@ -16,15 +16,19 @@ from .files import verify_checksums, write_checksums, write_text
 _NAMES = r"token|secret|password|passwd|credentials?|api_?key|access_?key|private_?key"
 _SECRET_NAME = re.compile(rf"(?i)(?:^|_)(?:{_NAMES})(?:$|_)")
 _MORE_FORMS = [
-    rf"(?i)(?<=[?&;])[\w-]*(?:{_NAMES}|signature|sig)=[^\s&\"'<>\\]+", # in a URL, such as a signed download
-    r"hf_[A-Za-z0-9]{30,}", r"sk-[A-Za-z0-9_-]{20,}", r"github_pat_\w{30,}", r"AIza[0-9A-Za-z_-]{35}",
+    # in a URL, such as a signed download
+    rf"(?i)(?<=[?&;])[\w-]*(?:{_NAMES}|signature|sig)=[^\s&\"'<>\\]+",
+    r"hf_[A-Za-z0-9]{30,}", r"sk-[A-Za-z0-9_-]{20,}",
+    r"github_pat_\w{30,}", r"AIza[0-9A-Za-z_-]{35}",
     r"-----BEGIN [A-Z ]*PRIVATE KEY.*?(?:-----END [A-Z ]*PRIVATE KEY[A-Z ]*-----|\Z)"]
-_EXCLUDED_RULES = ("ArtifactoryDetector", "IPPublicDetector") # match words that begin with AP, and IP addresses
+# match words that begin with AP, and IP addresses
+_EXCLUDED_RULES = ("ArtifactoryDetector", "IPPublicDetector")
 REDACTED = "[hidden]"
 
 def _known_secrets(environ):
     "Values of variables with the name of a secret, longest first; values under 8 characters would hide ordinary words"
-    values = {value for name, value in environ.items() if _SECRET_NAME.search(name) and len(value) >= 8}
+    values = {value for name, value in environ.items()
+              if _SECRET_NAME.search(name) and len(value) >= 8}
     return sorted(values, key=len, reverse=True)
 
 @lru_cache(1)
@@ -32,7 +36,8 @@ def _token_patterns():
     "Regular expressions for tokens"
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
     from detect_secrets.plugins.base import RegexBasedDetector
-    rules = [rule for rule in get_mapping_from_secret_type_to_class().values() if issubclass(rule, RegexBasedDetector)]
+    rules = [rule for rule in get_mapping_from_secret_type_to_class().values()
+             if issubclass(rule, RegexBasedDetector)]
     included = [rule() for rule in rules if rule.__name__ not in _EXCLUDED_RULES]
     own = [re.compile(form, re.DOTALL) for form in _MORE_FORMS]
     return own + [pattern for rule in included for pattern in rule.denylist]
@@ -56,7 +61,8 @@ def redact(
             text = text.replace(form, REDACTED)
     for pattern in _token_patterns():
         text = pattern.sub(REDACTED, text)
-    return re.sub(_path_pattern(home) + r"(?=[/\"'\s\\:,)]|$)", "~", text) if len(home) > 1 else text
+    return (
+        re.sub(_path_pattern(home) + r"(?=[/\"'\s\\:,)]|$)", "~", text) if len(home) > 1 else text)
 
 # %% ../nbs/70_secrets.ipynb #265c2646
 def refuse_secrets(
@@ -67,8 +73,9 @@ def refuse_secrets(
     for name, value in parameters.items():
         text = json.dumps(value, default=str, skipkeys=True)
         if _SECRET_NAME.search(str(name)) or redact(text, environ, "") != text:
-            raise ValueError(f"The parameter {name!r} looks like a secret, and parameters are stored with the run. "
-                "Set an environment variable instead, such as HF_TOKEN.")
+            raise ValueError(
+                f"The parameter {name!r} looks like a secret, and parameters are stored "
+                "with the run. Set an environment variable instead, such as HF_TOKEN.")
 
 # %% ../nbs/70_secrets.ipynb #b2524911
 _TEXTS = {".json", ".jsonl", ".ipynb", ".html", ".md", ".txt", ".diff", ".log", ".yaml", ".jinja"}

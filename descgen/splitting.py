@@ -85,7 +85,8 @@ def splitmix64(
 )->np.ndarray: # uniformly distributed unsigned 64-bit integers
     "Pseudo-random numbers from SplitMix64: the same on every machine and in every version"
     with np.errstate(over="ignore"):
-        z = numbers.astype(np.uint64) + np.uint64((0x9E3779B97F4A7C15*(seed + 1)) % 2**64)
+        start = np.uint64((0x9E3779B97F4A7C15*(seed + 1)) % 2**64)
+        z = numbers.astype(np.uint64) + start
         z = (z ^ (z >> np.uint64(30)))*np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27)))*np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
@@ -124,7 +125,8 @@ def jaccard_similarity(
     shared = pl.col("a").list.set_intersection("b").list.len()
     total = pl.col("a").list.len() + pl.col("b").list.len()
     counts = pairs.select(shared=shared, total=total)
-    return counts.select(pl.col("shared")/(pl.col("total") - pl.col("shared"))).to_series().to_numpy()
+    union = pl.col("total") - pl.col("shared")
+    return counts.select(pl.col("shared")/union).to_series().to_numpy()
 
 # %% ../nbs/13_splitting.ipynb #583be48f
 def _are_similar(texts, rows, first, second, width, threshold, size=10_000):
@@ -220,7 +222,8 @@ def _connected_to_test(draws, keys, pairs):
     edges = [np.stack(pair) for pair in pairs]
     for k in keys:
         _, first, group = np.unique(k, return_index=True, return_inverse=True)
-        edges.append(np.stack([first[group], np.arange(n)])) # each row with the first one that has its key
+        # each row with the first one that has its key
+        edges.append(np.stack([first[group], np.arange(n)]))
     ends = np.concatenate(edges, axis=1)
     graph = coo_array((np.ones(ends.shape[1], bool), tuple(ends)), shape=(n, n))
     n_components, component = connected_components(graph, directed=False)
@@ -253,7 +256,8 @@ def assign_splits(
 # %% ../nbs/13_splitting.ipynb #c035
 def _first_of_neighbours(kept, order, pairs):
     "The rows of `kept` without those that are near-duplicates of an earlier kept one"
-    neighbours = _group_by_later([pairs, pairs[::-1]]) # both directions: all near-duplicates of a row
+    # both directions: all near-duplicates of a row
+    neighbours = _group_by_later([pairs, pairs[::-1]])
     rank = np.empty(len(kept), np.int64)
     rank[order] = np.arange(len(order))
     candidates = [i for i in neighbours if kept[i]]
@@ -282,11 +286,12 @@ def _hash_48_bits(expression):
 
 def _words_with_hashes(texts):
     "One row per word: `row`, `word`, and a hash of its place with the word (`here`) and without it (`masked`)"
-    words = texts.str.to_lowercase().str.extract_all(_WORD).to_frame("word").with_row_index("row")
-    words = words.explode("word", empty_as_null=False)
+    words = texts.str.to_lowercase().str.extract_all(_WORD).to_frame("word")
+    words = words.with_row_index("row").explode("word", empty_as_null=False)
     words = words.with_columns(place=pl.int_range(pl.len()).over("row"))
     place_and_word = pl.struct("place", "word")
-    return words.with_columns(here=_hash_48_bits(place_and_word), masked=_hash_48_bits(pl.col("place")))
+    return words.with_columns(here=_hash_48_bits(place_and_word),
+        masked=_hash_48_bits(pl.col("place")))
 
 # %% ../nbs/13_splitting.ipynb #7302ad23
 def find_variants(
@@ -304,7 +309,8 @@ def find_variants(
 # %% ../nbs/13_splitting.ipynb #c038
 def _band_table(lists):
     "The bands of texts as columns, with row numbers"
-    return pl.DataFrame(lsh_bands(lists), schema=[str(b) for b in range(_BANDS)]).with_row_index("row")
+    names = [str(b) for b in range(_BANDS)]
+    return pl.DataFrame(lsh_bands(lists), schema=names).with_row_index("row")
 
 def _compare_texts(test, train, width):
     "The pairs of a test and a training text that agree in a band: `test`, `train`, `similarity`"

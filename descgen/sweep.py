@@ -26,11 +26,15 @@ def expand_sweep(
     sweep = _as_mapping("A sweep", sweep)
     parts = ("base", "grid", "sets")
     unknown = [str(part) for part in sweep if part not in parts]
-    if unknown: raise ValueError(f"A sweep can have base, grid and sets, but not {', '.join(unknown)}.")
+    if unknown:
+        raise ValueError(f"A sweep can have base, grid and sets, but not {', '.join(unknown)}.")
     base, grid, sets = [_as_mapping(f"A sweep's {part}", sweep.get(part)) for part in parts]
     sets = [_as_mapping(f"The set {name!r}", given) for name, given in sets.items()] or [{}]
-    wrong = [str(name) for name, values in grid.items() if not isinstance(values, list) or not values]
-    if wrong: raise ValueError(f"A grid needs a list of values for each parameter; {', '.join(wrong)} has none.")
+    wrong = [str(name) for name, values in grid.items()
+             if not isinstance(values, list) or not values]
+    if wrong:
+        raise ValueError(
+            f"A grid needs a list of values for each parameter; {', '.join(wrong)} has none.")
     combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     return [base | given | combination for given in sets for combination in combinations]
 

@@ -26,14 +26,17 @@ def _progress_callback(recipe, token_counts, test_loss):
         def on_train_begin(self, args, state, control, **kw):
             "Open the bar"
             self.first_step, self.start = state.global_step, time.time()
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training",
+            self.bar = tqdm(total=state.max_steps,
+                initial=state.global_step, unit="step", desc="training",
                 mininterval=2, miniters=max(1, state.max_steps//100), file=sys.stdout)
         def on_log(self, args, state, control, logs=None, **kw):
             "Show loss and speed"
             if "loss" not in (logs or {}): return
-            tokens = sum(token_counts[:(state.global_step - self.first_step)*effective_batch(recipe)])
+            tokens = sum(
+                token_counts[:(state.global_step - self.first_step)*effective_batch(recipe)])
             speed = tokens/(time.time() - self.start - test_loss.seconds)
-            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s", refresh=False)
+            self.bar.set_postfix_str(
+                f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s", refresh=False)
         def on_step_end(self, args, state, control, **kw):
             "Move the bar"
             self.bar.update(state.global_step - self.bar.n)
@@ -93,7 +96,8 @@ def _test_loss_callback(model, examples, recipe):
     from transformers import TrainerCallback
     folder = Path(recipe.output_dir)
     class TestLoss(TrainerCallback):
-        seconds, trackers = 0.0, () # the time that the measurements took; the trackers of `report_to`
+        # the time that the measurements took; the trackers of `report_to`
+        seconds, trackers = 0.0, ()
         def on_step_end(self, args, state, control, optimizer=None, **kw):
             "Log a step that fp16 skipped, and measure the test loss if it is due"
             step = state.global_step
@@ -109,7 +113,8 @@ def _test_loss_callback(model, examples, recipe):
         def on_save(self, args, state, control, **kw):
             "Copy the best adapter so far into the checkpoint, and write the checksums of its files"
             checkpoint = folder/f"checkpoint-{state.global_step}"
-            if (folder/BEST_WEIGHTS).is_file(): shutil.copyfile(folder/BEST_WEIGHTS, checkpoint/BEST_WEIGHTS)
+            if (folder/BEST_WEIGHTS).is_file():
+                shutil.copyfile(folder/BEST_WEIGHTS, checkpoint/BEST_WEIGHTS)
             write_checksums(checkpoint)
     return TestLoss()
 
@@ -128,8 +133,10 @@ def training_arguments(
     "The recipe as arguments of TRL's trainer"
     import unsloth
     from trl import SFTConfig
-    same_names = {"per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_steps",
-                  "lr_scheduler_type", "optim", "fp16", "logging_steps", "save_steps", "seed", "output_dir",
+    same_names = {"per_device_train_batch_size", "gradient_accumulation_steps",
+                  "learning_rate", "warmup_steps",
+                  "lr_scheduler_type", "optim", "fp16",
+                  "logging_steps", "save_steps", "seed", "output_dir",
                   "max_length", "report_to", "gradient_checkpointing"}
     return SFTConfig(**recipe.model_dump(include=same_names), max_steps=steps,
         bf16=recipe.bf16 and has_cuda(), # on a CPU the precision of the weights is used
@@ -144,7 +151,8 @@ def _use_loraplus(trainer, recipe):
     if recipe.loraplus_lr_ratio == 1: return
     optimizer, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
     ratio = recipe.loraplus_lr_ratio
-    trainer.optimizer = create_loraplus_optimizer(trainer.model, optimizer, loraplus_lr_ratio=ratio, **settings)
+    trainer.optimizer = create_loraplus_optimizer(trainer.model, optimizer,
+        loraplus_lr_ratio=ratio, **settings)
 
 # %% ../nbs/44_train.ipynb #6659518c
 def _pack_dataset(packs, total):
@@ -152,7 +160,8 @@ def _pack_dataset(packs, total):
     from datasets import Dataset
     def look_up(batch):
         "Packs by their numbers"
-        return {k: [packs[i][k] for i in batch["pack"]] for k in ("input_ids", "labels", "position_ids")}
+        return {k: [packs[i][k] for i in batch["pack"]]
+                for k in ("input_ids", "labels", "position_ids")}
     return Dataset.from_dict({"pack": range(total)}).with_transform(look_up)
 
 # %% ../nbs/44_train.ipynb #d8d4c008
@@ -167,12 +176,15 @@ def _make_trainer(model, tokenizer, packs, recipe, test_examples, callbacks):
         "A batch; also stores the token counts of its packs"
         token_counts.extend(len(p["input_ids"]) for p in packs)
         return collate(packs)
-    trainer = SFTTrainer(model=model, args=training_arguments(recipe, _optimizer_steps(recipe, packs)),
-        train_dataset=_pack_dataset(packs, total), processing_class=tokenizer, data_collator=collate_and_count,
+    trainer = SFTTrainer(model=model,
+        args=training_arguments(recipe, _optimizer_steps(recipe, packs)),
+        train_dataset=_pack_dataset(packs, total),
+        processing_class=tokenizer, data_collator=collate_and_count,
         callbacks=[_progress_callback(recipe, token_counts, test_loss), test_loss, *callbacks])
     trainer.remove_callback(PrinterCallback)
     tracker_types = tuple(INTEGRATION_TO_CALLBACK[n] for n in check_trackers(recipe.report_to))
-    test_loss.trackers = [c for c in trainer.callback_handler.callbacks if isinstance(c, tracker_types)]
+    test_loss.trackers = [c for c in trainer.callback_handler.callbacks
+                          if isinstance(c, tracker_types)]
     trainer.create_model_card = lambda *args, **kw: None # `save_adapter` writes its own model card
     _use_loraplus(trainer, recipe)
     return trainer
@@ -186,7 +198,8 @@ def _is_out_of_memory(error):
     "Whether an error means that the device or the machine has no memory left"
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error): return True
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error):
+        return True
     return any(message in str(error) for message in _OUT_OF_MEMORY_MESSAGES)
 
 # %% ../nbs/44_train.ipynb #b3020a56
@@ -194,13 +207,15 @@ def _with_smaller_batch(recipe):
     "The recipe with half the batch, or the next smaller divisor, and the same effective batch; MemoryError if it is 1"
     batch, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
     if batch == 1:
-        raise MemoryError(f"Out of memory with one pack of max_length={recipe.max_length} tokens at a time. "
+        raise MemoryError(
+            f"Out of memory with one pack of max_length={recipe.max_length} tokens at a time. "
             "Lower max_length, set gradient_checkpointing=True, or choose a smaller model.")
     smaller = next(n for n in range(batch//2, 0, -1) if batch % n == 0)
     factor = batch//smaller
     print(f"Out of memory with batches of {batch} packs: the batch size is now {smaller}, "
           f"gradient accumulation {accumulation*factor}. The effective batch stays the same.")
-    changed = {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": accumulation*factor}
+    changed = {"per_device_train_batch_size": smaller,
+               "gradient_accumulation_steps": accumulation*factor}
     return recipe.model_copy(update=changed)
 
 # %% ../nbs/44_train.ipynb #9326d18b
@@ -215,14 +230,16 @@ def _short_switch_interval(seconds=0.0005):
         sys.setswitchinterval(before)
 
 # %% ../nbs/44_train.ipynb #41244ed1
-def _optimizer_steps(recipe, packs): return math.ceil(total_packs(recipe, packs)/effective_batch(recipe))
+def _optimizer_steps(recipe, packs):
+    return math.ceil(total_packs(recipe, packs)/effective_batch(recipe))
 
 def _train_from(checkpoint, model, tokenizer, packs, recipe, test_examples, callbacks):
     "Train once, from a checkpoint or from step 0, and return the trainer's log"
     _restore_best(Path(recipe.output_dir), checkpoint)
     if checkpoint:
         print(f"Resuming from {checkpoint.name}")
-        history = json.loads((checkpoint/"trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        history = json.loads(
+            (checkpoint/"trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         complete = checkpoint_step(checkpoint) >= _optimizer_steps(recipe, packs)
         if complete or _should_stop(history, recipe): # the trainer would make one more step
             load_weights(model, checkpoint/"adapter_model.safetensors")
@@ -236,7 +253,8 @@ def _train_from(checkpoint, model, tokenizer, packs, recipe, test_examples, call
 def _prepare_restart(model, folder, resume_from):
     "Free memory after an error; the newest complete checkpoint, or else the initial weights are loaded"
     import gc, torch
-    checkpoint = next((c for c in reversed(list_checkpoints(folder)) if verify_checksums(c)), resume_from)
+    checkpoint = next(
+        (c for c in reversed(list_checkpoints(folder)) if verify_checksums(c)), resume_from)
     model.zero_grad(set_to_none=True)
     gc.collect()
     if has_cuda(): torch.cuda.empty_cache()
@@ -269,11 +287,13 @@ def train(
     while True:
         FastLanguageModel.for_training(model)
         try:
-            history = _train_from(resume_from, model, tokenizer, packs, recipe, test_examples, callbacks)
+            history = _train_from(
+                resume_from, model, tokenizer, packs, recipe, test_examples, callbacks)
             break
         except (MemoryError, RuntimeError) as e:
             if not _is_out_of_memory(e): raise
-        recipe = _with_smaller_batch(recipe) # not in `except`, which holds the tensors of the failed step
+        # not in `except`, which holds the tensors of the failed step
+        recipe = _with_smaller_batch(recipe)
         resume_from = _prepare_restart(model, folder, resume_from)
     (folder/INITIAL_WEIGHTS).unlink()
     _use_best_weights(model, recipe, history)

@@ -31,15 +31,18 @@ def test_every_file_of_bench_is_a_subject_or_is_used():
     assert modules - helpers == set(SUBJECTS.values())
 
 def test_command_lists_and_refuses_unknown_names():
-    done = subprocess.run([sys.executable, "-m", "bench"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "bench"],
+        cwd=ROOT, capture_output=True, text=True, check=True)
     assert "gpu-speed" in done.stdout
-    wrong = subprocess.run([sys.executable, "-m", "bench", "sped"], cwd=ROOT, capture_output=True, text=True)
+    wrong = subprocess.run([sys.executable, "-m", "bench", "sped"],
+        cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode and "sped" in wrong.stderr and "gpu-speed" in wrong.stderr
 
 def test_start_needs_no_heavy_library():
     code = ("import sys; from bench.__main__ import list_subjects; list_subjects(); "
             "print({'torch', 'polars', 'unsloth'} & {*sys.modules})")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code],
+        cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 def test_page_shows_the_results():
@@ -80,7 +83,8 @@ def test_every_trainer_stops_at_its_first_step(tmp_path):
     class Model(torch.nn.Linear):
         def forward(self, x):
             return {"loss": super().forward(x).sum()}
-    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
+    arguments = TrainingArguments(str(tmp_path), max_steps=1,
+        report_to="none", use_cpu=True, disable_tqdm=True)
     def make_trainer():
         return Trainer(Model(2, 1), arguments, train_dataset=[{"x": torch.ones(2)}])
     with stop_first_step(), pytest.raises(FirstStepReached):
@@ -96,9 +100,11 @@ def test_ways_take_turns():
     assert medians(rounds) == {"a": 1, "b": 3}
 
 def test_a_result_tells_how_it_was_measured(tmp_path):
-    save_result(tmp_path, "x-small", {"seconds": 2.0}, [{"seconds": 1.0}, {"seconds": 3.0}], rounds=2)
+    save_result(tmp_path, "x-small", {"seconds": 2.0},
+        [{"seconds": 1.0}, {"seconds": 3.0}], rounds=2)
     record = read_result(tmp_path, "x-small")
     assert record["summary"] == {"seconds": 2.0} and len(record["raw"]) == record["rounds"] == 2
     assert {"processor", "cores", "gpu", "memory_gb"} <= set(record["machine"])
-    assert "python" in record["versions"] and record["command"].startswith("python -m bench") and record["date"]
+    assert ("python" in record["versions"]
+            and record["command"].startswith("python -m bench") and record["date"])
     assert read_result(tmp_path, "other") is None

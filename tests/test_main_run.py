@@ -30,10 +30,12 @@ def test_main_run_learns(run, evaluation):
     assert loss["after"] < loss["before"]
     scores = evaluation.scores["all"]
     for metric in ("loss", "chrF"):
-        assert outcome(metric, scores["differences"][BASE][metric], scores["rows"]) == "better", metric
+        assert outcome(
+            metric, scores["differences"][BASE][metric], scores["rows"]) == "better", metric
 
 def test_executed_notebook_holds_no_error(run):
-    outputs = [o for c in nbformat.read(run/"notebook.ipynb", 4).cells for o in c.get("outputs", [])]
+    outputs = [o for c in nbformat.read(run/"notebook.ipynb", 4).cells
+               for o in c.get("outputs", [])]
     assert outputs and not [o for o in outputs if o.output_type == "error"]
 
 def test_manifest_is_as_documented(run):
@@ -46,7 +48,8 @@ def test_manifest_is_as_documented(run):
 def test_adapter_loads_and_describes(run):
     from descgen.inference import Sampling, describe, load_adapter
     model, tokenizer = load_adapter(run/"adapter")
-    assert describe(model, tokenizer, ["Tin Whistle in D (Brass)"], None, Sampling(32, greedy=True))[0]
+    assert describe(model, tokenizer,
+        ["Tin Whistle in D (Brass)"], None, Sampling(32, greedy=True))[0]
 
 def test_report_says_what_the_evaluation_found(run, evaluation):
     page = html.unescape((run/"report.html").read_text(encoding="utf-8"))

@@ -5,12 +5,15 @@ from descgen.dataset import Funnel
 from descgen.files import upgrade_manifest
 from descgen.plan import Plan
 
-LABELS = ["rows for training", "effective batch (packs)", "steps", "packs to train on", "rows to train on", "epochs",
+LABELS = ["rows for training", "effective batch (packs)",
+    "steps", "packs to train on", "rows to train on", "epochs",
     "tokens to train on", "tokens per second (measured on one pack)", "memory in GB (estimate)",
-    "minutes of training (estimate)", "minutes of evaluation (estimate)", "minutes in all (estimate)"]
+    "minutes of training (estimate)",
+    "minutes of evaluation (estimate)", "minutes in all (estimate)"]
 
 def test_funnel_has_the_fields_of_the_dataclass():
-    funnel = upgrade_manifest({"schema": 1, "funnel": {"lines read": 9, "for training": 9}})["funnel"]
+    funnel = upgrade_manifest(
+        {"schema": 1, "funnel": {"lines read": 9, "for training": 9}})["funnel"]
     assert funnel.keys() == {field.name for field in fields(Funnel)}
 
 def test_plan_has_the_fields_of_the_dataclass():

@@ -15,13 +15,17 @@ CELLS = ['output_dir = ""', "import os, time\nprint(os.environ['PLANTED_TOKEN'])
 @pytest.fixture
 def start_run(tmp_path):
     "A function that starts a run of a notebook of three cells, which prints a secret"
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c, metadata={} if i else {"tags": ["parameters"]}) for i, c in enumerate(CELLS)])
-    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(c, metadata={} if i else {"tags": ["parameters"]})
+               for i, c in enumerate(CELLS)])
+    book.metadata["kernelspec"] = {"name": "python3",
+        "display_name": "Python 3", "language": "python"}
     nbformat.write(book, tmp_path/"book.ipynb")
     code = "import sys; from descgen.execute import execute; from descgen.runs import create_run; execute(create_run({}, 'killed', sys.argv[1]), {}, sys.argv[2])"
     command = [sys.executable, "-c", code, str(tmp_path/"runs"), str(tmp_path/"book.ipynb")]
     def start():
-        return subprocess.Popen(command, cwd=ROOT, env=environment(PLANTED_TOKEN=SECRET), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(command, cwd=ROOT, env=environment(PLANTED_TOKEN=SECRET),
+            start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return start
 
 def kill_at(process, seconds):

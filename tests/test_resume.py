@@ -13,14 +13,17 @@ KILLS = 8
 @pytest.fixture
 def checkpointed(small):
     "A run of forty steps that writes a checkpoint at every step"
-    return small | dict(max_steps=40, warmup_steps=2, eval_steps=10, save_steps=1, n_titles=0, lora_dropout=0.1, keep_best=True)
+    return small | dict(max_steps=40, warmup_steps=2, eval_steps=10,
+        save_steps=1, n_titles=0, lora_dropout=0.1, keep_best=True)
 
 def start_papermill(folder, parameters):
     "Execute the notebook into a folder"
     folder.mkdir(exist_ok=True)
     recipe = write_recipe(folder/"p.json", parameters | {"output_dir": str(folder)})
-    command = ["papermill", NOTEBOOK, folder/"out.ipynb", "-f", recipe, "--log-output", "--no-progress-bar"]
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), stdout=open(folder/"log", "a"), stderr=subprocess.STDOUT)
+    command = ["papermill", NOTEBOOK, folder/"out.ipynb", "-f",
+               recipe, "--log-output", "--no-progress-bar"]
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(),
+        stdout=open(folder/"log", "a"), stderr=subprocess.STDOUT)
 
 def last_step(folder):
     "The step of the last checkpoint"
@@ -48,7 +51,8 @@ def run_until_killed(folder, parameters, rng):
 
 def damage_newest_checkpoint(folder):
     "Change one byte of the newest weights"
-    weights = max(folder.glob("checkpoint-*/adapter_model.safetensors"), key=lambda p: int(p.parent.name.split("-")[1]))
+    weights = max(folder.glob("checkpoint-*/adapter_model.safetensors"),
+        key=lambda p: int(p.parent.name.split("-")[1]))
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
 
 def test_resume_is_byte_identical(tmp_path, checkpointed, rng):
@@ -67,7 +71,8 @@ def test_interrupted_run_is_resumed_and_repeated(tmp_path, checkpointed):
     "The base and the data lie under the user's home: hiding that path changes checkpoints, which must be resumed all the same"
     rows = shutil.copy(checkpointed["data_path"], tmp_path/"rows.jsonl")
     base = shutil.copytree(checkpointed["model_id"], tmp_path/"base")
-    recipe = write_recipe(tmp_path/"p.yaml", checkpointed | {"data_path": str(rows), "model_id": str(base)})
+    recipe = write_recipe(
+        tmp_path/"p.yaml", checkpointed | {"data_path": str(rows), "model_id": str(base)})
     home = {"HOME": str(tmp_path)}
     whole = start_descgen("run", "-f", recipe, "--root", tmp_path/"whole", **home)
     assert whole.wait() == 0, whole.stdout.read()[-2000:]
@@ -78,7 +83,8 @@ def test_interrupted_run_is_resumed_and_repeated(tmp_path, checkpointed):
     said = run.communicate()[0]
     folder, = tmp_path.glob("runs/2*")
     manifest = load_manifest(folder)
-    assert manifest["state"] == "interrupted" and f"descgen resume {folder.name}" in said, said[-2000:]
+    assert (manifest["state"] == "interrupted"
+            and f"descgen resume {folder.name}" in said), said[-2000:]
     assert any(name.startswith("checkpoint-") for name in manifest["cleared"])
     assert manifest.keys() >= {"plan", "data_sha256", "model", "code"}
     resumed = start_descgen("resume", folder.name, "--root", tmp_path/"runs", **home)

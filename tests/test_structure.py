@@ -10,7 +10,8 @@ def chapters():
     "Module names in the order of their chapters"
     found = []
     for path in sorted((ROOT/"nbs").glob("[0-9]*.ipynb")):
-        sources = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+        sources = ["".join(c["source"])
+                   for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
         found += [m[1] for s in sources if (m := re.search(r"default_exp (\w+)", s))]
     return found
 
@@ -18,7 +19,8 @@ def imports_of(module):
     "Pairs of another module and a name that this one imports from it"
     tree = ast.parse((ROOT/"descgen"/f"{module}.py").read_text(encoding="utf-8"))
     nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
-    named = [(n, (n.module or "").removeprefix("descgen").lstrip(".")) for n in nodes if n.level or (n.module or "").startswith("descgen.")]
+    named = [(n, (n.module or "").removeprefix("descgen").lstrip("."))
+             for n in nodes if n.level or (n.module or "").startswith("descgen.")]
     return [(other, a.name) for node, other in named for a in node.names if other]
 
 @pytest.mark.parametrize("module", chapters())

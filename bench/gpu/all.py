@@ -35,7 +35,8 @@ class Part:
 
 def add_options(parser):
     parser.add_argument("--only", nargs="*", choices=KINDS)
-    parser.add_argument("--match", default="", help="only parts with this in their name, such as embedded")
+    parser.add_argument("--match", default="",
+        help="only parts with this in their name, such as embedded")
     parser.add_argument("--missing", action="store_true", help="only parts without a result")
     parser.add_argument("--rounds", type=int, help="of gpu-speed")
     add_model_options(parser, with_model=False)
@@ -56,14 +57,16 @@ def make_groups():
     return [
         [Part("models", "gpu-models", (model,)) for model in models],
         [*proofs, *precision_parts("unsloth", BASES), rounding],
-        [*precision_parts("plain", BASES), Part("notebook", "gpu-notebook", ("embedded",), ("--max-steps", "60"))],
+        [*precision_parts("plain", BASES),
+         Part("notebook", "gpu-notebook", ("embedded",), ("--max-steps", "60"))],
         [*speeds, settings, *writes, *precision_parts("speed", BASES[:2])],
         [Part("notebook", "gpu-notebook", ("llama",))],
         [Part("fallbacks", "gpu-fallbacks")]]
 
 def needs_gpu(part):
     "4 bits, and TRL without Unsloth"
-    return "4" in part.words or part.words[:1] == ("speed",) or part.name().startswith("gpu-speed-plain")
+    return ("4" in part.words or part.words[:1] == ("speed",)
+            or part.name().startswith("gpu-speed-plain"))
 
 def is_wanted(part, args):
     "Whether the command line asks for a part"
@@ -85,7 +88,8 @@ def start(part, args):
         words += ["--small"]
     if part.subject == "gpu-speed" and args.rounds:
         words += ["--rounds", args.rounds]
-    compiled = GPU_SCRATCH/f"compiled-{part.name()}" # of two processes in one folder, one finds half a file
+    # of two processes in one folder, one finds half a file
+    compiled = GPU_SCRATCH/f"compiled-{part.name()}"
     own = {"UNSLOTH_COMPILE_LOCATION": str(compiled), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "bench", part.subject, *map(str, words)]
     with open(GPU_SCRATCH/f"{part.name()}.log", "w") as log:
@@ -97,7 +101,8 @@ def run_group(parts, args):
     running = {part.name(): start(part, args) for part in parts}
     for name, process in running.items():
         code = process.wait()
-        print(f"{time.time() - begin:6.0f} s  {name}" + (f"  FAILED ({code})" if code else ""), flush=True)
+        print(f"{time.time() - begin:6.0f} s  {name}"
+            + (f"  FAILED ({code})" if code else ""), flush=True)
         if code:
             log = (GPU_SCRATCH/f"{name}.log").read_text(errors="replace")
             print("\n".join(log.splitlines()[-12:]), flush=True)

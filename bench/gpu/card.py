@@ -12,7 +12,8 @@ from ..measure import ROOT, SCRATCH
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 GPU_SCRATCH = SCRATCH/"gpu" # logs, compiled code, executed notebooks
 SAMPLE = ROOT/"data"/"sample.jsonl"
-CARD = ("torch", "transformers", "trl", "peft", "unsloth", "bitsandbytes", "xformers") # versions that a table names
+# versions that a table names
+CARD = ("torch", "transformers", "trl", "peft", "unsloth", "bitsandbytes", "xformers")
 
 def add_model_options(parser, with_model=True):
     "The options that most subjects on a GPU have"
@@ -20,7 +21,8 @@ def add_model_options(parser, with_model=True):
         parser.add_argument("model", choices=["llama", "embedded"])
     parser.add_argument("work", type=Path, help="folder of the models")
     parser.add_argument("--rows", type=Path, default=SAMPLE)
-    parser.add_argument("--small", action="store_true", help="a tiny model, for a try without a GPU")
+    parser.add_argument("--small", action="store_true",
+        help="a tiny model, for a try without a GPU")
 
 def has_gpu():
     import torch

@@ -40,7 +40,8 @@ def check_on_gpu(function):
 def make_recipe(**more):
     "The notebook's recipe with short examples, resolved for this machine"
     from descgen.recipe import check_recipe, read_defaults, resolve
-    short = dict(max_length=512, loss_on="completion", gradient_checkpointing=False, output_dir=tempfile.mkdtemp())
+    short = dict(max_length=512, loss_on="completion",
+        gradient_checkpointing=False, output_dir=tempfile.mkdtemp())
     return resolve(check_recipe(read_defaults(NOTEBOOK) | short | more))
 
 def load_trained(recipe, scale=0.02):
@@ -48,7 +49,8 @@ def load_trained(recipe, scale=0.02):
     import torch
     from descgen.model import LoraSettings, add_lora, load_model
     from descgen.recipe import compute_dtype
-    model, tokenizer = load_model(recipe.model_id, 2048, recipe.load_in_4bit, compute_dtype(recipe), recipe.date_string)
+    model, tokenizer = load_model(
+        recipe.model_id, 2048, recipe.load_in_4bit, compute_dtype(recipe), recipe.date_string)
     model = add_lora(model, LoraSettings(lora_dropout=0.0, gradient_checkpointing=False))
     torch.manual_seed(42)
     for name, p in model.named_parameters():
@@ -59,7 +61,8 @@ def load_trained(recipe, scale=0.02):
 def make_examples(given, tokenizer, n=16):
     "Examples of the first rows"
     from descgen.formatting import encode_rows, template_parts
-    return encode_rows(given["rows"][:n], tokenizer, template_parts(tokenizer), 512, "completion")[0]
+    return encode_rows(given["rows"][:n], tokenizer, template_parts(tokenizer), 512,
+        "completion")[0]
 
 def precisions():
     "The precisions that this machine computes in"
@@ -79,7 +82,8 @@ def combinations():
 def attention(kind):
     "Unsloth's attention over packs as on a card without xformers: torch's varlen kernel, or SDPA as on a T4"
     from unsloth.utils import attention_dispatch as dispatch
-    without = {"xformers": [], "varlen": ["HAS_XFORMERS"], "SDPA by example": ["HAS_XFORMERS", "_TORCH_VARLEN_ATTN"]}
+    without = {"xformers": [], "varlen": ["HAS_XFORMERS"],
+               "SDPA by example": ["HAS_XFORMERS", "_TORCH_VARLEN_ATTN"]}
     with ExitStack() as stack:
         for name in without[kind]:
             stack.enter_context(patch.object(dispatch, name, None))
@@ -100,7 +104,8 @@ def loaded_equals_saved(given):
         model, tokenizer = load_trained(recipe)
         examples = make_examples(given, tokenizer)
         def loss_of_loaded(folder):
-            return completion_loss(load_adapter(folder, 2048, recipe.load_in_4bit)[0], examples, recipe)
+            return completion_loss(
+                load_adapter(folder, 2048, recipe.load_in_4bit)[0], examples, recipe)
         saved = completion_loss(model, examples, recipe)
         folder = Path(recipe.output_dir)/"adapter"
         folder = save_adapter(model, tokenizer, folder, recipe.model_id, compute_dtype(recipe))
@@ -108,7 +113,8 @@ def loaded_equals_saved(given):
         loaded = loss_of_loaded(folder)
         with patch("unsloth.FastLanguageModel.patch_peft_model", create=True):
             unpatched = loss_of_loaded(folder)
-        found[name] = {"saved": saved, "loaded": loaded, "loaded without Unsloth's kernels": unpatched}
+        found[name] = {"saved": saved, "loaded": loaded,
+                       "loaded without Unsloth's kernels": unpatched}
     wrong = {k: v for k, v in found.items() if abs(v["saved"] - v["loaded"]) > 1e-4}
     assert not wrong, wrong
     return found
@@ -137,7 +143,8 @@ def packs_that_differ(given, tokenizer):
     packs = pack_examples(make_examples(given, tokenizer), 512)
     pack = max(packs, key=lambda p: p["position_ids"].count(0))
     last = max(i for i, p in enumerate(pack["position_ids"]) if p == 0)
-    masked = {**pack, "labels": [-100 if i < last else label for i, label in enumerate(pack["labels"])]}
+    masked = {**pack,
+              "labels": [-100 if i < last else label for i, label in enumerate(pack["labels"])]}
     ids = [(t + 1) % 1000 if i < last else t for i, t in enumerate(pack["input_ids"])]
     return pack, masked, {**masked, "input_ids": ids}
 
@@ -150,13 +157,16 @@ def loss_and_gradient(model, pack, recipe):
     with autocast_context(recipe):
         loss = model(**batch, use_cache=False).loss
     loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+    return (loss.item(),
+            torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None]))
 
 def try_attention(kind, model, packs, recipe):
     "Figures of one kind of attention"
     from unsloth.utils import attention_dispatch as dispatch
-    with attention(kind), patch.object(dispatch, "_varlen_attn_call", wraps=dispatch._varlen_attn_call) as varlen:
-        (whole, g), (one, _), (other, _) = [loss_and_gradient(model, pack, recipe) for pack in packs]
+    with (attention(kind),
+          patch.object(dispatch, "_varlen_attn_call", wraps=dispatch._varlen_attn_call) as varlen):
+        (whole, g), (one, _), (other, _) = [loss_and_gradient(model, pack, recipe)
+            for pack in packs]
     return {"loss": whole, "moved by a neighbour": abs(one - other), "gradient": g.norm().item(),
             "finite": bool(g.isfinite().all()), "calls of varlen": varlen.call_count}
 
@@ -168,7 +178,8 @@ def packs_with_every_attention(given):
         recipe = make_recipe(model_id=given["embedded"], load_in_4bit=False, **more)
         model, tokenizer = load_trained(recipe)
         packs = packs_that_differ(given, tokenizer)
-        kinds = {kind: try_attention(kind, model, packs, recipe) for kind in ("xformers", "varlen", "SDPA by example")}
+        kinds = {kind: try_attention(kind, model, packs, recipe)
+                 for kind in ("xformers", "varlen", "SDPA by example")}
         found[name] = kinds
         reference = kinds["xformers"]
         for f in kinds.values():
@@ -201,7 +212,8 @@ def loss_token_by_token(model, ids):
     with torch.no_grad():
         for i in range(ids.shape[1] - 1):
             position = torch.tensor([[i]], device="cuda")
-            out = model(input_ids=ids[:, i:i + 1], position_ids=position, past_key_values=cache, use_cache=True,
+            out = model(input_ids=ids[:, i:i + 1], position_ids=position,
+                        past_key_values=cache, use_cache=True,
                         return_dict=True)
             cache = out.past_key_values
             nats.append(-out.logits[0, -1].float().log_softmax(-1)[ids[0, i + 1]].item())
@@ -225,16 +237,19 @@ def failing_nf4_kernel(given):
     model, tokenizer = load_trained(make_recipe(model_id=given["embedded"], load_in_4bit=True))
     ids = torch.tensor([make_examples(given, tokenizer)[0]["input_ids"][:48]], device="cuda")
     used = utils._USE_NF4_KERNELS
-    found = {"kernels in use": [used, utils._TRITON_GEMV_EAGER], "works": loss_token_by_token(model, ids)}
+    found = {"kernels in use": [used, utils._TRITON_GEMV_EAGER],
+             "works": loss_token_by_token(model, ids)}
     with patch.object(utils, "_TRITON_GEMV_EAGER", True):
         found["works, forced"] = loss_token_by_token(model, ids)
         with patch.object(utils, "_USE_NF4_KERNELS", False):
             found["off"] = loss_token_by_token(model, ids)
         forget_kernel_plans(model)
-        with patch.multiple(utils, gemv_nf4_planned=raise_kernel_error, gemv_nf4=raise_kernel_error):
+        with patch.multiple(utils, gemv_nf4_planned=raise_kernel_error,
+                gemv_nf4=raise_kernel_error):
             found["fails"] = loss_token_by_token(model, ids)
     utils._USE_NF4_KERNELS = used
-    assert max(abs(found[k] - found["works"]) for k in ("works, forced", "off", "fails")) < 0.02, found
+    assert max(abs(found[k] - found["works"])
+               for k in ("works, forced", "off", "fails")) < 0.02, found
     return found
 
 def make_untied_model(tokenizer_folder):
@@ -242,7 +257,8 @@ def make_untied_model(tokenizer_folder):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     folder = tempfile.mkdtemp()
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=49152, hidden_size=256, intermediate_size=512,
+        num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=False, eos_token_id=2, pad_token_id=0)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
@@ -260,7 +276,8 @@ def offloaded_embedding(given):
     before, moved = completion_loss(model, examples, recipe), offload_spare_embeddings(model)
     after = completion_loss(model, examples, recipe)
     embedding = next(model.get_input_embeddings().parameters()).device
-    found = {"bytes moved": moved, "embedding on": str(embedding), "layers on": str(layer_device(model)),
+    found = {"bytes moved": moved, "embedding on": str(embedding),
+             "layers on": str(layer_device(model)),
              "before": before, "after": after}
     assert moved and found["embedding on"] == "cpu" and found["layers on"].startswith("cuda"), found
     assert abs(before - after) < 1e-3, found
@@ -287,10 +304,12 @@ def skipped_steps_are_counted(given):
     from descgen.packing import Packs
     from descgen.train import skipped_steps, train
     recipe = make_recipe(
-        model_id=given["embedded"], load_in_4bit=False, bf16=False, fp16=True, max_steps=12, warmup_steps=0,
+        model_id=given["embedded"], load_in_4bit=False,
+        bf16=False, fp16=True, max_steps=12, warmup_steps=0,
         per_device_train_batch_size=1, gradient_accumulation_steps=1, learning_rate=1e-3)
     model, tokenizer = load_trained(recipe)
-    packs = Packs(Dataset.from_list(given["rows"][:64]), tokenizer, template_parts(tokenizer), 512, "completion")
+    packs = Packs(Dataset.from_list(given["rows"][:64]),
+        tokenizer, template_parts(tokenizer), 512, "completion")
     def large_scaler(*args, **kw):
         return torch.amp.GradScaler("cuda", init_scale=2.0**20)
     with patch("accelerate.accelerator.get_grad_scaler", large_scaler):
@@ -313,7 +332,8 @@ def float32_is_refused(given):
 def run(args):
     import unsloth # before transformers
     args.work.mkdir(parents=True, exist_ok=True)
-    given = {"embedded": str(model_folder("embedded", args.work, args.small)), "rows": read_rows(args.rows)}
+    given = {"embedded": str(model_folder("embedded", args.work, args.small)),
+             "rows": read_rows(args.rows)}
     found, failed = {}, []
     for name, function in CHECKS.items():
         if not name.startswith(args.only):

@@ -14,14 +14,19 @@ from ..measure import print_result, read_jsonl
 from .card import add_model_options
 
 LLAMA_1B = dict(
-    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    vocab_size=128256, hidden_size=2048, intermediate_size=8192,
+    num_hidden_layers=16, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=64, max_position_embeddings=131072,
+    rms_norm_eps=1e-5, tie_word_embeddings=True,
     bos_token_id=128000, eos_token_id=[128001, 128008, 128009],
-    rope_parameters=dict(rope_type="llama3", rope_theta=500000., factor=32., low_freq_factor=1., high_freq_factor=4.,
+    rope_parameters=dict(rope_type="llama3", rope_theta=500000., factor=32.,
+                         low_freq_factor=1., high_freq_factor=4.,
                          original_max_position_embeddings=8192))
-SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2,
              head_dim=16) # for a try without a GPU
-SPECIAL = {128000: "begin_of_text", 128001: "end_of_text", 128004: "finetune_right_pad_id", 128006: "start_header_id",
+SPECIAL = {128000: "begin_of_text", 128001: "end_of_text",
+           128004: "finetune_right_pad_id", 128006: "start_header_id",
            128007: "end_header_id", 128008: "eom_id", 128009: "eot_id", 128010: "python_tag"}
 
 def add_options(parser):
@@ -33,7 +38,8 @@ def package_folder(name):
 def special_tokens():
     "Llama 3's special tokens in their order"
     reserved = count()
-    names = [SPECIAL.get(i) or f"reserved_special_token_{next(reserved)}" for i in range(128000, 128256)]
+    names = [SPECIAL.get(i) or f"reserved_special_token_{next(reserved)}"
+             for i in range(128000, 128256)]
     return [f"<|{name}|>" for name in names]
 
 def llama_tokenizer():
@@ -45,7 +51,8 @@ def llama_tokenizer():
     template = package_folder("trl")/"chat_templates"/"llama3_2.jinja"
     converted = TikTokenConverter(str(vocabulary), extra_special_tokens=special).converted()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=converted, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", add_bos_token=True,
+        tokenizer_object=converted, bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>", add_bos_token=True,
         pad_token="<|finetune_right_pad_id|>", chat_template=template.read_text())
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     return tokenizer

@@ -21,10 +21,12 @@ def add_options(parser):
 
 def make_parameters(args, folder):
     "The parameters that Papermill injects"
-    given = dict(model_id=str(model_folder(args.model, args.work, args.small)), data_path=str(args.rows.resolve()),
+    given = dict(model_id=str(model_folder(args.model, args.work, args.small)),
+                 data_path=str(args.rows.resolve()),
                  output_dir=str(folder), max_steps=args.max_steps)
     if args.small:
-        given |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=1, max_length=256, max_new_tokens=8,
+        given |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=1,
+                      max_length=256, max_new_tokens=8,
                       eval_rows=4)
     if args.fp16:
         given |= dict(fp16=True, bf16=False)
@@ -47,15 +49,18 @@ def run(args):
     folder = args.work.resolve()/f"run-{variant}"
     GPU_SCRATCH.mkdir(parents=True, exist_ok=True)
     start = time.time()
-    papermill.execute_notebook(NOTEBOOK, GPU_SCRATCH/f"notebook-{variant}.ipynb", make_parameters(args, folder),
+    papermill.execute_notebook(NOTEBOOK, GPU_SCRATCH/f"notebook-{variant}.ipynb",
+                               make_parameters(args, folder),
                                cwd=ROOT, progress_bar=False, log_output=True)
     seconds = time.time() - start
     manifest = read_manifest(folder)
     summary = {
         "steps": manifest.plan["steps"], "tokens": manifest.plan["tokens"], "seconds": seconds,
         "memory_gb": manifest.peak_memory_gb, "loss_before": manifest.test_loss["before"],
-        "loss_after": manifest.test_loss["after"], "loss_evaluated_again": evaluate_again(folder/"adapter")}
-    named = {"state", "plan", "test_loss", "peak_memory_gb", "minutes", "skipped_steps", "fingerprint"}
+        "loss_after": manifest.test_loss["after"],
+        "loss_evaluated_again": evaluate_again(folder/"adapter")}
+    named = {"state", "plan", "test_loss", "peak_memory_gb",
+             "minutes", "skipped_steps", "fingerprint"}
     raw = manifest.model_dump(include=named) | {"last_losses": manifest.history[-4:]}
     save_result(args.results, f"gpu-notebook-{variant}", summary, raw)
 
@@ -66,7 +71,8 @@ def tables(read):
         if not record:
             continue
         s, about = record["summary"], about or circumstances(record, *CARD)
-        rows.append([variant, s["steps"], f"{s['tokens']:,}", f"{s['seconds']:.0f} s", f"{s['memory_gb']:.1f} GB",
+        rows.append([variant, s["steps"], f"{s['tokens']:,}",
+                     f"{s['seconds']:.0f} s", f"{s['memory_gb']:.1f} GB",
                      f"{s['loss_before']:.3f} → {s['loss_after']:.3f}"])
     if not rows:
         return {}

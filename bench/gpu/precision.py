@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ..markdown import circumstances, markdown_table, number
 from ..measure import save_result
-from .card import CARD, add_model_options, card_lock, device, has_gpu, peak_gb, reset_peak, synchronized_time
+from .card import (CARD, add_model_options, card_lock, device, has_gpu, peak_gb, reset_peak,
+    synchronized_time)
 from .models import model_folder, read_rows
 
 WAYS = ("unsloth", "descgen")
@@ -187,7 +188,8 @@ def capture_products(model, batch):
     patch_functions({stock: record})
     mean_loss(model, [batch])
     patch_functions({record: stock})
-    return {name: seen[first + i] for name, i in (("q_proj", 0), ("gate_proj", 4), ("down_proj", 6))}
+    return {name: seen[first + i]
+            for name, i in (("q_proj", 0), ("gate_proj", 4), ("down_proj", 6))}
 
 def addmm(X, W, W_quant, A, B, s):
     "The large product added onto the small one, as a processor would do it in one rounding"
@@ -212,7 +214,8 @@ def shares_left(X, W, W_quant, A, B, s):
         found = {"unsloth": share(utils.matmul_lora), "addmm": share(addmm)}
         with products_of("descgen"):
             found["descgen"] = share(utils.matmul_lora)
-    return found | {"half_units_in_the_last_place": (exact.abs()/(base.abs()*2**-9)).median().item()}
+    return (
+        found | {"half_units_in_the_last_place": (exact.abs()/(base.abs()*2**-9)).median().item()})
 
 # Writing one token at a time
 
@@ -232,8 +235,10 @@ def generate_forced(model, rows, never):
     import torch
     start, nats, begin = rows[:, :FORCED_START], [], synchronized_time()
     new = rows.shape[1] - FORCED_START
-    model.generate(input_ids=start, attention_mask=torch.ones_like(start), max_new_tokens=new, do_sample=False,
-                   use_cache=True, logits_processor=force_tokens(rows, nats), pad_token_id=0, eos_token_id=never)
+    model.generate(input_ids=start, attention_mask=torch.ones_like(start),
+                   max_new_tokens=new, do_sample=False,
+                   use_cache=True, logits_processor=force_tokens(rows, nats),
+                   pad_token_id=0, eos_token_id=never)
     return nats[1:], (synchronized_time() - begin)*1000/new
 
 def decode_loss(model, ids):
@@ -268,7 +273,8 @@ def whole_loss(model, ids):
     with torch.no_grad():
         logits = model(ids).logits[:, FORCED_START:-1]
     nats = -logits.log_softmax(-1).gather(2, ids[:, FORCED_START + 1:, None])[..., 0]
-    return {"one at a time": {"loss": nats[:4].mean().item()}, "sixteen": {"loss": nats.mean().item()}}
+    return {"one at a time": {"loss": nats[:4].mean().item()},
+            "sixteen": {"loss": nats.mean().item()}}
 
 # The sides
 
@@ -308,7 +314,8 @@ def unsloth_side(args, amounts):
     set_adapter(model, adapters[f"unsloth {amounts.kept_after[0]}"])
     products = capture_products(model, judged[-1]) if has_gpu() else {}
     shares = {name: shares_left(*given) for name, given in products.items()}
-    summary = {"before": before, "losses": losses, "shares_left": shares, "decoding": decode_both(model, ids)}
+    summary = {"before": before, "losses": losses, "shares_left": shares,
+               "decoding": decode_both(model, ids)}
     return summary, {"training_losses": training_losses}
 
 def plain_model(base, dtype):
@@ -317,7 +324,8 @@ def plain_model(base, dtype):
     from transformers import LlamaForCausalLM
     from descgen.model import TARGETS
     model = LlamaForCausalLM.from_pretrained(base, dtype=dtype).to(device())
-    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0, target_modules=TARGETS, task_type="CAUSAL_LM")
+    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0,
+        target_modules=TARGETS, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 
 def judge_plain(model, written, judged, batch, bf16):
@@ -346,7 +354,8 @@ def plain_in(dtype, written, train, judged, args, amounts):
         own[str(i)] = mean_loss(model, judged, bf16)
     set_adapter(model, written["adapters"][f"unsloth {amounts.kept_after[0]}"])
     decoding = whole_loss(model, written["ids"].to(device()))
-    summary = {"losses": losses, "gradients_cosine": cosines, "trained_here": own, "decoding": decoding}
+    summary = {"losses": losses, "gradients_cosine": cosines,
+               "trained_here": own, "decoding": decoding}
     return summary, training_losses
 
 def plain_side(args, amounts):
@@ -366,7 +375,8 @@ def plain_side(args, amounts):
 def time_steps(model, batch, rounds):
     "Seconds of a training step in each way, interleaved; the first three do not count"
     import torch
-    optimizer, took = torch.optim.AdamW(adapter_of(model).values(), lr=RATE), {way: [] for way in WAYS}
+    optimizer, took = (torch.optim.AdamW(adapter_of(model).values(), lr=RATE),
+                       {way: [] for way in WAYS})
     model.train()
     for i in range(rounds + 3):
         for way in WAYS if i % 2 else WAYS[::-1]:
@@ -386,7 +396,8 @@ def full_pack(packs, length=512, parts=2):
     import torch
     n = packs*parts
     ids = torch.randint(1000, 40000, (1, n*length), device=device())
-    batch = dict(input_ids=ids, labels=ids, position_ids=torch.arange(length, device=device()).repeat(n)[None])
+    batch = dict(input_ids=ids, labels=ids,
+        position_ids=torch.arange(length, device=device()).repeat(n)[None])
     if has_gpu():
         batch["packed_seq_lengths"] = torch.full((n,), length, dtype=torch.int32)
     return batch
@@ -395,11 +406,13 @@ def speed_side(args, amounts):
     "Tokens per second in each way, with the seed's settings and with the fastest"
     import unsloth
     from descgen.model import LoraSettings, add_lora, load_model
-    source, batch = model_folder(args.model, args.work, args.small), full_pack(1 if args.small else 16)
+    source, batch = (model_folder(args.model, args.work, args.small),
+                     full_pack(1 if args.small else 16))
     summary, raw = {"tokens_per_second": {}, "memory_gb": {}}, {}
     for name, dropout, checkpointing in (("seed", 0.05, True), ("fast", 0, False)):
         model, _ = load_model(str(source), 2048, args.bits == 4, "bfloat16")
-        model = add_lora(model, LoraSettings(lora_dropout=dropout, gradient_checkpointing=checkpointing))
+        model = add_lora(
+            model, LoraSettings(lora_dropout=dropout, gradient_checkpointing=checkpointing))
         with card_lock():
             reset_peak()
             raw[name] = time_steps(model, batch, args.rounds)
@@ -407,7 +420,8 @@ def speed_side(args, amounts):
                 ids = batch["input_ids"][0, :16*80].view(16, 80)
                 summary["decoding"] = decode_both(model, ids)
         tokens = batch["input_ids"].numel()
-        summary["tokens_per_second"][name] = {way: tokens/statistics.median(took) for way, took in raw[name].items()}
+        summary["tokens_per_second"][name] = {way: tokens/statistics.median(took)
+            for way, took in raw[name].items()}
         summary["memory_gb"][name] = peak_gb()
         del model
     return summary, raw
@@ -434,7 +448,8 @@ def adapter_label(name):
 
 def loss_rows(label, mine, plain):
     "The same adapters, judged in every way; before training first"
-    exact, bf16 = (plain.get(kind, {"losses": {}, "trained_here": {}}) for kind in ("float32", "bf16"))
+    exact, bf16 = (plain.get(kind, {"losses": {}, "trained_here": {}})
+                   for kind in ("float32", "bf16"))
     get = lambda found, name: four(found["losses"].get(name))
     rows = [[label, "before", get(exact, "first"), four(mine["before"]), "", get(bf16, "first")]]
     for name, losses in mine["losses"].items():
@@ -468,7 +483,8 @@ def cost_rows(label, speed):
 def share_rows(label, mine):
     "What is left of an adapter's addition"
     keys = ("unsloth", "addmm", "descgen", "half_units_in_the_last_place")
-    return [[label, name, *(f"{found[k]:.3f}" for k in keys)] for name, found in mine["shares_left"].items()]
+    return [[label, name, *(f"{found[k]:.3f}" for k in keys)]
+            for name, found in mine["shares_left"].items()]
 
 def tables(read):
     rows, about = {"losses": [], "shares": [], "decoding": [], "costs": []}, None
@@ -484,11 +500,14 @@ def tables(read):
         rows["costs"] += cost_rows(label, speed)
     if not about:
         return {}
-    heads = {"losses": ["base", "adapter trained by", "float32", "Unsloth", "descgen", "transformers + PEFT, bf16"],
-             "shares": ["base", "matrix", "Unsloth", "addmm that begins at 1 times the addition", "descgen",
+    heads = {"losses": ["base", "adapter trained by", "float32",
+                        "Unsloth", "descgen", "transformers + PEFT, bf16"],
+             "shares": ["base", "matrix", "Unsloth",
+                        "addmm that begins at 1 times the addition", "descgen",
                         "addition in half units"],
              "decoding": ["base", "rows", "float32, in one pass", "Unsloth", "descgen"],
              "costs": ["base", "settings", "Unsloth", "descgen", "difference"]}
-    found = {f"gpu-precision {name}": markdown_table(head, rows[name]) for name, head in heads.items()}
+    found = {f"gpu-precision {name}": markdown_table(head, rows[name])
+             for name, head in heads.items()}
     found["gpu-precision losses"] = [about, "", *found["gpu-precision losses"]]
     return found

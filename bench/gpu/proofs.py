@@ -38,7 +38,8 @@ def make_packs(rows, tokenizer, recipe):
     from datasets import Dataset
     from descgen.formatting import template_parts
     from descgen.packing import Packs
-    return Packs(Dataset.from_list(rows), tokenizer, template_parts(tokenizer), recipe.max_length, recipe.loss_on)
+    return Packs(Dataset.from_list(rows), tokenizer,
+        template_parts(tokenizer), recipe.max_length, recipe.loss_on)
 
 # Packing and labels
 
@@ -53,13 +54,15 @@ def contamination(model, pack, vocabulary):
     "How far a pack's last example moves if its neighbour has other tokens, and how far it is from the example alone"
     starts = [i for i, p in enumerate(pack["position_ids"]) if p == 0]
     before, last = starts[-2], starts[-1]
-    changed = [(t + 1) % vocabulary if before <= i < last else t for i, t in enumerate(pack["input_ids"])]
+    changed = [(t + 1) % vocabulary if before <= i < last else t
+               for i, t in enumerate(pack["input_ids"])]
     one = logits_of(model, pack)[last:]
     other = logits_of(model, {**pack, "input_ids": changed})[last:]
     alone = logits_of(model, {k: v[last:] for k, v in pack.items()})
     from_alone = (one - alone).abs()
     return {"examples": len(starts), "moved_by_neighbour": (one - other).abs().max().item(),
-            "from_alone_largest": from_alone.max().item(), "from_alone_mean": from_alone.mean().item(),
+            "from_alone_largest": from_alone.max().item(),
+            "from_alone_mean": from_alone.mean().item(),
             "largest_logit": one.abs().max().item()}
 
 def check_labels(packs, tokenizer, parts):
@@ -67,7 +70,8 @@ def check_labels(packs, tokenizer, parts):
     pack, ends = packs[0], set(parts.tail[:1])
     learnt = [(i, label) for i, label in zip(pack["input_ids"], pack["labels"]) if label != -100]
     return {"labels_are_tokens": all(i == label for i, label in learnt),
-            "ends_learnt": sum(label in ends for _, label in learnt), "examples": pack["position_ids"].count(0),
+            "ends_learnt": sum(label in ends for _, label in learnt),
+            "examples": pack["position_ids"].count(0),
             "beginnings": sum(i == tokenizer.bos_token_id for i in pack["input_ids"]),
             "padding": pack["input_ids"].count(tokenizer.pad_token_id)}
 
@@ -97,7 +101,8 @@ def train_fresh(recipe, rows, tests=(), resume=None):
     model, tokenizer = load_fresh(recipe)
     history = train(model, tokenizer, make_packs(rows, tokenizer, recipe), recipe, tests, resume)
     losses = [float(h["loss"]) for h in history if "loss" in h]
-    return losses, {n: p.detach().float().cpu() for n, p in model.named_parameters() if "lora_" in n}
+    return (losses,
+            {n: p.detach().float().cpu() for n, p in model.named_parameters() if "lora_" in n})
 
 def compare_runs(one, other):
     "Largest differences of losses and weights; the shorter run is compared with the end of the longer"
@@ -105,7 +110,8 @@ def compare_runs(one, other):
     n = min(len(losses), len(other_losses))
     a, b = losses[-n:], other_losses[-n:]
     return {"losses_equal": a == b, "losses_differ": max(abs(x - y) for x, y in zip(a, b)),
-            "weights_differ": max((weights[name] - other_weights[name]).abs().max().item() for name in weights)}
+            "weights_differ": max((weights[name] - other_weights[name]).abs().max().item()
+                                  for name in weights)}
 
 def repeated_runs(recipe, rows, tests):
     "The same run again, with evaluation, and resumed in its middle"
@@ -126,7 +132,8 @@ def learning(recipe, rows, tests):
     "The test loss before and after a short run"
     from descgen.losses import completion_loss
     from descgen.train import train
-    own = {"max_steps": 40, "eval_steps": 40, "per_device_train_batch_size": 4, "output_dir": tempfile.mkdtemp()}
+    own = {"max_steps": 40, "eval_steps": 40,
+           "per_device_train_batch_size": 4, "output_dir": tempfile.mkdtemp()}
     recipe = recipe.model_copy(update=own)
     model, tokenizer = load_fresh(recipe)
     before = completion_loss(model, tests, recipe)
@@ -142,7 +149,8 @@ def run(args):
     found = packing_and_labels(recipe, train_rows)
     if args.model == "embedded":
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        tests, _ = encode_rows(rows[:TEST_ROWS], tokenizer, template_parts(tokenizer), LENGTH, "completion")
+        tests, _ = encode_rows(
+            rows[:TEST_ROWS], tokenizer, template_parts(tokenizer), LENGTH, "completion")
         found["repeated"] = repeated_runs(recipe, train_rows, tests[:8])
         if not args.small:
             found["learning"] = learning(recipe, train_rows, tests)
@@ -164,11 +172,13 @@ def packing_rows(model, s):
 def label_row(model, s):
     "The proof of labels"
     f = s["labels"]
-    return [model, yes(f["labels_are_tokens"]), f["examples"], f["beginnings"], f["ends_learnt"], f["padding"]]
+    return [model, yes(f["labels_are_tokens"]), f["examples"],
+            f["beginnings"], f["ends_learnt"], f["padding"]]
 
 def repeated_rows(model, s):
     "Runs beside the first"
-    return [[model, name, yes(f["losses_equal"]), f"{f['losses_differ']:.3g}", f"{f['weights_differ']:.3g}"]
+    return [[model, name, yes(f["losses_equal"]),
+             f"{f['losses_differ']:.3g}", f"{f['weights_differ']:.3g}"]
             for name, f in s.get("repeated", {}).items()]
 
 def learning_rows(model, s):
@@ -179,12 +189,15 @@ def learning_rows(model, s):
 HEADS = {
     "packing": ["model", "mode", "examples in the pack", "moved by another neighbour",
                 "from the example alone, largest", "mean", "largest logit"],
-    "labels": ["model", "labels are tokens", "examples in the pack", "beginnings of text", "ends learnt", "padding"],
-    "repeated": ["model", "beside a first run", "losses equal", "largest difference of losses", "of weights"],
+    "labels": ["model", "labels are tokens", "examples in the pack",
+               "beginnings of text", "ends learnt", "padding"],
+    "repeated": ["model", "beside a first run", "losses equal",
+                 "largest difference of losses", "of weights"],
     "learning": ["model", "steps", "test loss before, nats per token", "after"]}
 
 def tables(read):
-    records = {model: record for model in ("llama", "embedded") if (record := read(f"gpu-proofs-{model}"))}
+    records = {model: record for model in ("llama", "embedded")
+               if (record := read(f"gpu-proofs-{model}"))}
     if not records:
         return {}
     rows = {name: [] for name in HEADS}

@@ -14,7 +14,8 @@ SCALES = (0.25, 0.5, 1., 1.3, 2., 2.8284271, 4.)
 COMPILED_SCALES = (1., 2.)
 
 def add_options(parser):
-    parser.add_argument("--small", action="store_true", help="the result is a try; without a GPU all is small")
+    parser.add_argument("--small", action="store_true",
+        help="the result is a try; without a GPU all is small")
 
 def add_as_unsloth(X, X_lora, W, A, B, s):
     "The small product added onto the large one"
@@ -46,11 +47,13 @@ def run(args):
     found, given = [], make_matrices()
     for name, matrices in given.items():
         for s in SCALES:
-            shares = {"unsloth": share_of(add_as_unsloth, *matrices, s), "descgen": share_of(addmm_lora, *matrices, s)}
+            shares = {"unsloth": share_of(add_as_unsloth, *matrices, s),
+                      "descgen": share_of(addmm_lora, *matrices, s)}
             found.append({"type": name, "scale": s, "compiled": False, **shares})
     for s in COMPILED_SCALES if has_gpu() else ():
         share = share_of(torch.compile(addmm_lora), *given["bfloat16"], s)
-        found.append({"type": "bfloat16", "scale": s, "compiled": True, "unsloth": None, "descgen": share})
+        found.append(
+            {"type": "bfloat16", "scale": s, "compiled": True, "unsloth": None, "descgen": share})
     summary = {"half_units": half_units(*given["bfloat16"]), "shares": found}
     save_result(args.results, f"gpu-rounding{'-small' if args.small else ''}", summary)
 

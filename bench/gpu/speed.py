@@ -15,12 +15,13 @@ from contextlib import contextmanager
 
 from ..markdown import circumstances, markdown_table, notes, number
 from ..measure import NOTEBOOK, ROOT, read_result, save_result
-from .card import (CARD, SAMPLE, add_model_options, card_lock, flop_per_token, has_gpu, matmul_rate, peak_gb,
-                   reset_peak, synchronized_time)
+from .card import (CARD, SAMPLE, add_model_options, card_lock, flop_per_token, has_gpu, matmul_rate,
+    peak_gb, reset_peak, synchronized_time)
 from .models import model_folder, read_rows
 
 WARM, TOKENS = 2, 400_000 # steps that do not count; useful tokens that do, about
-CARDS = {"t4": 14, "a100": 39, "h200": None} # GB for PyTorch on a card, beside the driver's half a GB
+# GB for PyTorch on a card, beside the driver's half a GB
+CARDS = {"t4": 14, "a100": 39, "h200": None}
 LEAN = dict(lora_dropout=0, gradient_checkpointing=False)
 LEAN_16 = LEAN | dict(load_in_4bit=False)
 SETTINGS = {
@@ -29,19 +30,22 @@ SETTINGS = {
     "no recomputing": dict(gradient_checkpointing=False),
     "neither": LEAN,
     "neither, 16 bits": LEAN_16,
-    "neither, 16 bits, one example per pack": LEAN_16 | dict(packing=False, per_device_train_batch_size=96),
+    "neither, 16 bits, one example per pack": LEAN_16
+    | dict(packing=False, per_device_train_batch_size=96),
     "neither, 16 bits, 4 packs": LEAN_16 | dict(per_device_train_batch_size=4),
     "neither, 16 bits, 8 packs": LEAN_16 | dict(per_device_train_batch_size=8),
     "neither, 16 bits, 24 packs": LEAN_16 | dict(per_device_train_batch_size=24),
     "neither, 4 packs": LEAN | dict(per_device_train_batch_size=4),
     "neither, 4 packs, fp16": LEAN | dict(per_device_train_batch_size=4, bf16=False, fp16=True)}
-RECIPES = {"the seed's settings": (), "recipes/h200.yaml": ("best", "h200")} # of the ways side by side
+# of the ways side by side
+RECIPES = {"the seed's settings": (), "recipes/h200.yaml": ("best", "h200")}
 
 def add_options(parser):
     parser.add_argument("side", choices=["unsloth", "plain", "settings"])
     add_model_options(parser)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--match", nargs="*", help="only settings with one of these words; the result keeps the others")
+    parser.add_argument("--match", nargs="*",
+        help="only settings with one of these words; the result keeps the others")
 
 def make_recipe(source, small, *names, **more):
     "The notebook's defaults with recipes of the folder `recipes`, for this model"
@@ -51,7 +55,8 @@ def make_recipe(source, small, *names, **more):
     for name in names:
         values |= yaml.safe_load((ROOT/"recipes"/f"{name}.yaml").read_text(encoding="utf-8"))
     values |= more
-    values |= dict(model_id=str(source), data_path=str(SAMPLE), output_dir=tempfile.mkdtemp(), save_steps=10**6)
+    values |= dict(model_id=str(source), data_path=str(SAMPLE),
+        output_dir=tempfile.mkdtemp(), save_steps=10**6)
     if small:
         values |= dict(load_in_4bit=False, per_device_train_batch_size=2, fp16=False, bf16="auto")
     return resolve(check_recipe(values))
@@ -82,7 +87,8 @@ def rate(watch, model, card):
     took = watch.times[-1] - watch.times[WARM - 1]
     tokens = watch.tokens[-1] - watch.tokens[WARM - 1]
     share = tokens/took*flop_per_token(model.config)/card
-    return {"tokens_per_second": tokens/took, "useful_tokens": tokens, "seconds": took, "memory_gb": peak_gb(),
+    return {"tokens_per_second": tokens/took, "useful_tokens": tokens,
+            "seconds": took, "memory_gb": peak_gb(),
             "card_tflops": card/1e12, "share_of_card": share}
 
 def steps_for(recipe, each, tokens):
@@ -93,7 +99,8 @@ def steps_for(recipe, each, tokens):
 def sft_config(recipe, steps, **more):
     "The recipe in TRL's words"
     from trl import SFTConfig
-    same = ("per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps", "learning_rate",
+    same = ("per_device_train_batch_size", "gradient_accumulation_steps",
+            "warmup_steps", "learning_rate",
             "lr_scheduler_type", "seed", "logging_steps", "optim", "max_length", "output_dir")
     given = {k: getattr(recipe, k) for k in same}
     return SFTConfig(**given, max_steps=steps, save_strategy="no", bf16=has_gpu(), report_to="none",
@@ -103,12 +110,14 @@ def run_sft(model, tokenizer, config, texts, watch):
     "TRL's trainer as the documentation calls it"
     from datasets import Dataset
     from trl import SFTTrainer
-    SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(texts), processing_class=tokenizer,
+    SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(texts),
+               processing_class=tokenizer,
                callbacks=[watch]).train()
 
 def mean_length(tokenizer, rows):
     "Mean tokens of the first examples"
-    texts = [tokenizer.apply_chat_template(c["messages"], tokenize=False) for c in conversations(rows[:64])]
+    texts = [tokenizer.apply_chat_template(c["messages"], tokenize=False)
+             for c in conversations(rows[:64])]
     return statistics.mean(len(tokenizer(text).input_ids) for text in texts)
 
 @contextmanager
@@ -138,8 +147,10 @@ def train_descgen(recipe, rows, tokens, watch, compile=False):
     from descgen.packing import Packs
     from descgen.recipe import compute_dtype
     from descgen.train import train
-    model, tokenizer = load_model(recipe.model_id, recipe.max_seq_length, recipe.load_in_4bit, compute_dtype(recipe))
-    packs = Packs(Dataset.from_list(rows), tokenizer, template_parts(tokenizer), recipe.max_length, recipe.loss_on,
+    model, tokenizer = load_model(
+        recipe.model_id, recipe.max_seq_length, recipe.load_in_4bit, compute_dtype(recipe))
+    packs = Packs(Dataset.from_list(rows), tokenizer,
+                  template_parts(tokenizer), recipe.max_length, recipe.loss_on,
                   packing=recipe.packing)
     each = statistics.mean(len(packs[i]["input_ids"]) for i in range(32))
     model = add_lora(model, recipe)
@@ -166,8 +177,10 @@ def train_unsloth(recipe, rows, tokens, watch, packing):
         use_gradient_checkpointing="unsloth" if recipe.gradient_checkpointing else False)
     model.register_forward_pre_hook(watch.count, with_kwargs=True)
     each = 1000 if packing else mean_length(tokenizer, rows)
-    config = sft_config(recipe, steps_for(recipe, each, tokens), packing=packing, dataset_text_field="text")
-    texts = [{"text": tokenizer.apply_chat_template(c["messages"], tokenize=False)} for c in conversations(rows)]
+    config = sft_config(recipe, steps_for(recipe, each, tokens),
+        packing=packing, dataset_text_field="text")
+    texts = [{"text": tokenizer.apply_chat_template(c["messages"], tokenize=False)}
+             for c in conversations(rows)]
     run_sft(model, tokenizer, config, texts, watch)
     return model
 
@@ -182,7 +195,8 @@ def train_plain(recipe, rows, tokens, watch):
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                             bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(
         recipe.model_id, dtype=torch.bfloat16, device_map={"": 0} if has_gpu() else None,
@@ -259,7 +273,8 @@ def measure_settings(args, source, rows, tokens, card):
         if args.match and not any(word in name for word in args.match):
             return
         recipe = make_recipe(source, args.small, *files, **more)
-        found[name] = {"descgen": [measure(train_descgen, recipe, rows, tokens, card, compile=compile)]}
+        found[name] = {
+            "descgen": [measure(train_descgen, recipe, rows, tokens, card, compile=compile)]}
         save(args, found, kept)
     for name, more in SETTINGS.items():
         note(name, **more)
@@ -273,7 +288,8 @@ def run(args):
     if args.side != "plain":
         import unsloth # before transformers
     source, rows = model_folder(args.model, args.work, args.small), read_rows(args.rows)
-    rows = rows[:40] if args.small else rows*(1 + 8000//len(rows)) # enough for every way; their loss does not count
+    # enough for every way; their loss does not count
+    rows = rows[:40] if args.small else rows*(1 + 8000//len(rows))
     import datasets, trl # before the lock
     act = measure_settings if args.side == "settings" else measure_side_by_side
     with card_lock():
@@ -286,7 +302,8 @@ def summarize(runs):
     done = [r for r in runs if "failed" not in r]
     if not done:
         return {"runs": 0, "failed": runs[0]["failed"]}
-    middle = {k: statistics.median(r[k] for r in done) for k in ("tokens_per_second", "card_tflops", "share_of_card")}
+    middle = {k: statistics.median(r[k] for r in done)
+              for k in ("tokens_per_second", "card_tflops", "share_of_card")}
     return {"runs": len(done), **middle, "memory_gb": min(r["memory_gb"] for r in done)}
 
 HEAD = ["useful tokens per second", "peak memory", "card's rate", "share of it"]
@@ -306,8 +323,10 @@ def side_tables(records):
         for name, ways in record["summary"].items():
             rows += [[name, way, *cells(s)] for way, s in ways.items()]
         for name, ways in (record["raw"] or {}).items():
-            done = {way: [r["tokens_per_second"] for r in rounds if "failed" not in r] for way, rounds in ways.items()}
-            runs += [[name, way, ", ".join(f"{t:,.0f}" for t in each)] for way, each in done.items() if len(each) > 1]
+            done = {way: [r["tokens_per_second"] for r in rounds if "failed" not in r]
+                    for way, rounds in ways.items()}
+            runs += [[name, way, ", ".join(f"{t:,.0f}" for t in each)]
+                     for way, each in done.items() if len(each) > 1]
     about = " ".join([circumstances(records[0], *CARD), *notes(records[-1])])
     return [about, "", *markdown_table(["settings", "", *HEAD], sorted(rows)), "",
             *markdown_table(["settings", "", "useful tokens per second in each run"], sorted(runs))]

@@ -7,7 +7,8 @@ The base is in 4 bits and has an adapter.
 """
 from ..markdown import circumstances, markdown_table
 from ..measure import save_result
-from .card import CARD, add_model_options, card_lock, has_gpu, peak_gb, reset_peak, synchronized_time
+from .card import (CARD, add_model_options, card_lock, has_gpu, peak_gb, reset_peak,
+    synchronized_time)
 from .models import model_folder, read_rows
 
 SIZES, NEW_TOKENS = (1, 8, 32, 128), 128 # batch sizes; tokens of a description
@@ -48,7 +49,8 @@ def descgen_writer(source, args):
     model, parts = add_lora(model, LoraSettings(lora_dropout=0)), template_parts(tokenizer)
     never_end(model, tokenizer)
     def write(titles, size):
-        describe(model, tokenizer, titles, parts, Sampling(args.new_tokens, batch_size=size), progress=False)
+        describe(model, tokenizer, titles, parts,
+            Sampling(args.new_tokens, batch_size=size), progress=False)
     return write
 
 def load_plain(source, in_4_bits):
@@ -57,9 +59,11 @@ def load_plain(source, in_4_bits):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from descgen.model import TARGETS
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                             bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=torch.bfloat16)
-    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, device_map={"": 0} if has_gpu() else None,
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16,
+                                                device_map={"": 0} if has_gpu() else None,
                                                 quantization_config=nf4 if in_4_bits else None)
     config = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
     return get_peft_model(base, config).eval()
@@ -69,14 +73,18 @@ def plain_writer(source, args):
     import torch
     from transformers import AutoTokenizer
     from descgen.formatting import chat_messages
-    model, tokenizer = load_plain(source, not args.small), AutoTokenizer.from_pretrained(source, padding_side="left")
+    model, tokenizer = (load_plain(source, not args.small),
+                        AutoTokenizer.from_pretrained(source, padding_side="left"))
     never_end(model, tokenizer)
     def write(titles, size):
-        texts = [tokenizer.apply_chat_template(chat_messages(t), tokenize=False, add_generation_prompt=True)
+        texts = [tokenizer.apply_chat_template(chat_messages(t),
+            tokenize=False, add_generation_prompt=True)
                  for t in titles]
-        batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+        batch = tokenizer(texts, return_tensors="pt", padding=True,
+            add_special_tokens=False).to(model.device)
         with torch.no_grad():
-            model.generate(**batch, do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=args.new_tokens,
+            model.generate(**batch, do_sample=True, temperature=0.7,
+                           top_p=0.9, max_new_tokens=args.new_tokens,
                            pad_token_id=tokenizer.pad_token_id)
     return write
 
@@ -87,7 +95,8 @@ def summarize(found, new_tokens):
     summary = {}
     for size, f in found.items():
         rate = int(size)/min(f["seconds"])
-        summary[size] = {"per_minute": 60*rate, "tokens_per_second": new_tokens*rate, "memory_gb": f["memory_gb"]}
+        summary[size] = {"per_minute": 60*rate, "tokens_per_second": new_tokens*rate,
+                         "memory_gb": f["memory_gb"]}
     return summary
 
 def run(args):
@@ -97,7 +106,8 @@ def run(args):
     with card_lock():
         found = time_batches(write, titles, args)
     name = f"gpu-write-{args.side}-{args.model}{'-small' if args.small else ''}"
-    save_result(args.results, name, summarize(found, args.new_tokens), found, args.rounds, "fastest")
+    save_result(args.results, name, summarize(found, args.new_tokens),
+        found, args.rounds, "fastest")
 
 def tables(read):
     records = {side: record for side in WRITERS if (record := read(f"gpu-write-{side}-llama"))}
