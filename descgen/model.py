@@ -13,7 +13,6 @@ import hashlib, importlib.util, json, logging, os, platform, shutil, socket, sub
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
-from unittest.mock import patch
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -153,14 +152,23 @@ def _hub_is_reachable():
 
 # %% ../nbs/33_model.ipynb #11852497
 @contextmanager
+def _only_cached(offline):
+    "If offline, only the hub's cache on this machine is read"
+    from huggingface_hub import constants
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline or before
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+@contextmanager
 def _model_source(model_id):
     "The folder or hub name to load a model from; an OSError while loading says what to do"
-    from huggingface_hub import constants
     source = str(embedded_model()) if model_id == EMBEDDED else os.path.expanduser(model_id)
     offline = not Path(source).is_dir() and not _hub_is_reachable()
     try:
-        # offline, only the hub's cache on this machine is read
-        with patch.object(constants, "HF_HUB_OFFLINE", offline or constants.HF_HUB_OFFLINE):
+        with _only_cached(offline):
             yield source
     # no network, no such model, no token, a damaged folder
     except (OSError, RuntimeError, ValueError) as e:
