@@ -332,9 +332,10 @@ def evaluate(
     columns = _all_metric_sums(texts, ended, usable, grounds, train)
     _add_losses(columns, model, _encode_by_system(usable, examples, tokenizer, parts, recipe), contents, recipe)
     return Evaluation(
-        titles, contents, texts, ended, {name: distinct_n(own) for name, own in texts.items()},
-        {name: _as_lists(columns[name]) for name in (BASE, TUNED, VERIFIED) if name in columns},
-        _by_subset(columns, [i in leaked for i in numbers], recipe.seed),
+        titles, contents, texts, ended,
+        distinct={name: distinct_n(own) for name, own in texts.items()},
+        per_row={name: _as_lists(columns[name]) for name in (BASE, TUNED, VERIFIED) if name in columns},
+        scores=_by_subset(columns, [i in leaked for i in numbers], recipe.seed),
         leaked=len(leaked & set(numbers)), left_out=len(rows) - len(usable),
         sources=_without_contents(grounds.sources), claims=_all_places(texts, titles, grounds))
 

@@ -85,5 +85,10 @@ def prepare_grounding(
         name = f"sources-{data.train._fingerprint}-{recipe.source_chars}"
         sources = Sources(write_sources(data.train, data.rejected.parent/name, recipe.source_chars))
     return Grounding(
-        sources, recipe.sources, recipe.targets, recipe.min_chars, recipe.near_threshold,
-        detect_language(contents[:200]), frozenset(common_words(contents)))
+        sources,
+        n_sources=recipe.sources,
+        targets=recipe.targets,
+        min_chars=recipe.min_chars,
+        near_threshold=recipe.near_threshold,
+        language=detect_language(contents[:200]),
+        common=frozenset(common_words(contents)))
