@@ -20,12 +20,12 @@ def descgen(*words, before=()):
 def write_leaky_notebook(path):
     "The real notebook, with a cell that prints the secret and writes it into a file, and a last one that fails with it"
     book = nbformat.read(NOTEBOOK, 4)
-    at = next(i for i, c in enumerate(book.cells) if "environment_info()" in c.source)
-    book.cells[at].source += ("\nimport os, sys\nprint('token', "
-                              "os.environ['HF_TOKEN'])\nprint(os.environ['HF_TOKEN'], "
-                              "file=sys.stderr)\n"
-                              "Path(recipe.output_dir, "
-                              "'my.log').write_text(os.environ['HF_TOKEN'])")
+    cell = next(c for c in book.cells if "run.begin(data)" in c.source)
+    cell.source += """
+import os, sys
+print('token', os.environ['HF_TOKEN'])
+print(os.environ['HF_TOKEN'], file=sys.stderr)
+run.write('my.log', os.environ['HF_TOKEN'])"""
     book.cells[-1].source += "\nraise RuntimeError('refused ' + os.environ['HF_TOKEN'])"
     nbformat.write(book, path)
     return path
