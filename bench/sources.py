@@ -5,9 +5,8 @@
 For each seed and way the embedded model is fine-tuned and describes all test titles, greedily. `title` is the seed's
 way; `sources` has similar products in the prompt; `supported` also learns only supported sentences. `verified` drops
 from the texts of `supported` each sentence with an unsupported claim, `strict` also each one whose claims are not in
-the title or in all sources. Claims are figures, numbers and models. Intervals: paired bootstrap over test titles.
+the title or in all sources. The measures are those of `descgen.metrics`. Intervals: paired bootstrap over test titles.
 """
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +15,7 @@ from .markdown import circumstances, markdown_table
 from .measure import ROOT, SCRATCH, read_jsonl, save_result
 
 WAYS = {"title": {"sources": 0}, "sources": {}, "supported": {"targets": "supported"}}
-MEASURES = ("chrF", "figures", "false", "unsupported", "recall")
+MEASURES = ("chrF", "false_claims", "unsupported_claims", "claim_recall")
 LABELS = {"nearest": "nearest title's description", "base": "base model", "base_sources": "base model with sources",
           "title": "fine-tuned on titles", "sources": "fine-tuned with sources",
           "supported": "fine-tuned with sources and supported targets", "verified": "the same, verified",
@@ -35,7 +34,7 @@ def add_options(parser):
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens of each text at most")
     parser.add_argument("--most-tests", type=int, default=150, help="test titles at most")
 
-def make_recipe(args, path, way, seed):
+def make_recipe(args, path, way):
     "The recipe of a way, resolved"
     from descgen.recipe import check_recipe, read_defaults, resolve
     values = read_defaults(ROOT/"fine_tune_llama3.ipynb") | {
@@ -45,7 +44,7 @@ def make_recipe(args, path, way, seed):
         "per_device_train_batch_size": args.batch, "gradient_accumulation_steps": 1, "max_length": 512,
         "max_steps": -1, "num_train_epochs": args.epochs, "eval_steps": 10**6, "save_steps": 10**6, "logging_steps": 50,
         "output_dir": tempfile.mkdtemp(), "sources": args.sources, "source_chars": args.chars, **WAYS.get(way, {})}
-    return resolve(check_recipe(values)), seed
+    return resolve(check_recipe(values))
 
 def write_texts(model, tokenizer, rows, parts, new_tokens):
     "A greedy text for each row"
@@ -63,7 +62,7 @@ def train_and_write(args, path, way, seed):
     from descgen.recipe import compute_dtype
     from descgen.targets import prepare_grounding
     from descgen.train import train
-    recipe, _ = make_recipe(args, path, way, seed)
+    recipe = make_recipe(args, path, way)
     data = load_data(path, recipe)
     model, tokenizer = load_model(recipe.model_id, recipe.max_seq_length, False, compute_dtype(recipe))
     recipe = recipe.model_copy(update={"seed": seed}) # of the training; the split is the same for all seeds
@@ -76,50 +75,29 @@ def train_and_write(args, path, way, seed):
     print(f"{way}, seed {seed}: {history[-1].get('train_runtime', 0):.0f} s of training", file=sys.stderr, flush=True)
     return {"rows": rows, "base": base, "texts": write_texts(model, tokenizer, rows, parts, args.new_tokens)}
 
-def figures(text, language):
-    "Figures, numbers and models"
-    from descgen.claims import find_claims
-    return [claim for claim in find_claims(text, language) if claim.kind != "name"]
-
-def score(text, row, language):
-    "chrF; numbers of claims, of false and of unsupported ones; claims of the catalogue, and how many the text states"
-    from descgen.claims import supporting
-    from descgen.metrics import reference_metrics
-    claims = figures(text, language)
-    false = [c for c in claims if not supporting(c, row["title"], [{"title": "", "content": row["content"]}], language)]
-    unsupported = [c for c in claims if not supporting(c, row["title"], row["sources"], language)]
-    own = [c for c in figures(row["content"], language) if not supporting(c, row["title"], [], language)]
-    stated = [c for c in own if supporting(c, text, [], language)]
-    return [reference_metrics(text, row["content"])["chrF"][0], len(claims), len(false), len(unsupported), len(own),
-            len(stated)]
-
-def verified(text, row, language, strict=False):
-    "The text without sentences that hold an unsupported claim"
-    from descgen.claims import supporting
-    from descgen.targets import supported_part
-    def stands(claim):
-        where = supporting(claim, row["title"], row["sources"], language)
-        return where if not strict else "title" in where or len(where) == len(row["sources"])
-    return supported_part(text, [claim for claim in figures(text, language) if not stands(claim)])[0]
-
-def totals(sums):
-    "The measures of sums per title: means for chrF and figures, shares for the rest"
+def sums_of(texts, rows, language, common):
+    "Metric → sums per title, the mean over seeds"
     import numpy as np
-    chrf, n, false, unsupported, own, stated = np.moveaxis(sums, -1, 0).sum(-1)
-    rows = sums.shape[-2]
-    return {"chrF": chrf/rows, "figures": n/rows, "false": 100*false/max(n, 1), "unsupported": 100*unsupported/max(n, 1),
-            "recall": 100*stated/max(own, 1)}
+    from descgen.metrics import claim_sums, reference_metrics
+    def sums(text, row):
+        claims = claim_sums(text, row["title"], row["content"], row["sources"], language, common)
+        return claims | {"chrF": reference_metrics(text, row["content"])["chrF"]}
+    scored = [[sums(text, row) for text, row in zip(one, rows)] for one in texts]
+    return {name: np.mean([[found[name] for found in one] for one in scored], axis=0) for name in MEASURES}
 
-def with_interval(sums, other, draws):
-    "The measures of a system, and its differences to another system with 95 % intervals"
-    import numpy as np
-    mine, theirs = totals(sums), totals(other)
-    resampled = [(totals(sums[i]), totals(other[i])) for i in draws]
-    found = {}
+def with_intervals(sums, nearest, draws):
+    "The measures of a system, and its differences to the nearest description with 95 % intervals"
+    from descgen.metrics import metric_from_sums, paired_bootstrap
+    values = {name: {"value": float(metric_from_sums(sums[name].sum(0)))} for name in MEASURES}
     for name in MEASURES:
-        low, high = np.percentile([a[name] - b[name] for a, b in resampled], [2.5, 97.5])
-        found[name] = {"value": mine[name], "difference": mine[name] - theirs[name], "low": low, "high": high}
-    return found
+        values[name] |= paired_bootstrap(sums[name], nearest[name], draws)
+    return values | {"claims": {"value": float(sums["false_claims"][:, 1].mean())}}
+
+def verified_texts(texts, rows, language, common, strict):
+    "The texts without the sentences that hold an unsupported claim"
+    from descgen.verified import Checks, verify
+    checks = Checks(strict=strict, language=language, common=common)
+    return [[verify(text, row["title"], row["sources"], checks).text for text, row in zip(one, rows)] for one in texts]
 
 def all_texts(args, path):
     "System → a list of texts per seed; and the test rows with their sources"
@@ -136,28 +114,29 @@ def all_texts(args, path):
 
 def run(args):
     import unsloth # before transformers
-    import numpy as np
-    from descgen.claims import detect_language
+    from descgen.claims import common_words, detect_language
+    from descgen.metrics import bootstrap_resamples
     SCRATCH.mkdir(parents=True, exist_ok=True)
     path = SCRATCH/f"sources-{args.name}.jsonl"
     path.write_text("".join(file.read_text(encoding="utf-8") for file in args.rows), encoding="utf-8")
     texts, rows = all_texts(args, path)
-    language = detect_language([row["content"] for row in rows]) or "en"
+    contents = [row["content"] for row in read_jsonl(path)]
+    language, common = detect_language(contents), frozenset(common_words(contents))
     texts["nearest"] = [[row["sources"][0]["content"] if row["sources"] else "" for row in rows]]
-    for name, strict in (("verified", False), ("strict", True)):
-        if "supported" in texts:
-            texts[name] = [[verified(t, row, language, strict) for t, row in zip(one, rows)] for one in texts["supported"]]
-    sums = {name: np.mean([[score(t, row, language) for t, row in zip(one, rows)] for one in seeds], axis=0)
-            for name, seeds in texts.items()}
-    draws = np.random.default_rng(42).integers(0, len(rows), (1000, len(rows)))
-    found = {name: with_interval(sums[name], sums["nearest"], draws) for name in LABELS if name in sums}
+    if "supported" in texts:
+        for name, strict in (("verified", False), ("strict", True)):
+            texts[name] = verified_texts(texts["supported"], rows, language, common, strict)
+    sums = {name: sums_of(own, rows, language, common) for name, own in texts.items()}
+    draws = bootstrap_resamples(len(rows))
+    found = {name: with_intervals(sums[name], sums["nearest"], draws) for name in LABELS if name in sums}
     options = {name: getattr(args, name) for name in ("sources", "chars", "test_size", "epochs", "batch", "seeds")}
     summary = {"titles": len(rows), "language": language, "options": options, "systems": found}
     save_result(args.results, f"sources-{args.name}", summary, {"texts": texts, "rows": rows}, len(args.seeds), "mean")
-    print(json.dumps({name: {m: round(v["value"], 1) for m, v in values.items()} for name, values in found.items()}, indent=1))
 
 def cell(found):
     "A value with the interval of its difference"
+    if found["low"] is None:
+        return f"{found['value']:.1f}"
     return f"{found['value']:.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
 
 def tables(read):
@@ -167,9 +146,10 @@ def tables(read):
         if not record:
             continue
         s = record["summary"]
-        rows = [[LABELS[system], *(cell(values[m]) for m in MEASURES)] for system, values in s["systems"].items()]
+        rows = [[LABELS[system], *(cell(values[m]) for m in MEASURES), f"{values['claims']['value']:.1f}"]
+                for system, values in s["systems"].items()]
         about = (f"{s['titles']} test titles, {record['rounds']} seeds; in brackets the 95 % interval of the difference "
                  f"to the nearest title's description. {circumstances(record, 'torch')}")
-        head = ["", "chrF", "figures per text", "false, %", "unsupported, %", "recall of the catalogue's figures, %"]
+        head = ["", "chrF", "false claims, %", "unsupported claims, %", "claim recall, %", "claims per text"]
         found[f"sources-{name}"] = [about, "", *markdown_table(head, rows)]
     return found

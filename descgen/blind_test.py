@@ -108,6 +108,7 @@ def blind_test(
         for button in buttons:
             button.disabled = done
     def save_vote(button):
+        "Store the vote that a button stands for"
         _save_vote(path, pairs[_count_votes(path)], buttons.index(button))
         show_next()
     for button in buttons:

@@ -123,6 +123,7 @@ def prepare_output_dir(
 def _changed_files(before, now):
     "Names of the files that differ between two results of `model_fingerprint`"
     def hashes(model):
+        "Name and hash of each file, of the tokenizer and of the template"
         other = {"the tokenizer": model.get("tokenizer_sha256"),
                  "the chat template": model.get("template_sha256")}
         return {**model.get("files", {}), **other}

@@ -330,7 +330,9 @@ _AFFIXES = re.compile(rf"(?:{_PREFIX})?(.{{3,}}?)(?:{_SUFFIXES})?")
 
 def _is_german_compound(word):
     "Whether a word consists of two listed words, perhaps joined by an s"
-    def known(part): return zipf(part, "de") >= 3 or zipf(part.removesuffix("s"), "de") >= 3
+    def known(part):
+        "Whether a part is a listed word, perhaps without its last s"
+        return zipf(part, "de") >= 3 or zipf(part.removesuffix("s"), "de") >= 3
     return any(known(word[:i]) and known(word[i:]) for i in range(4, len(word) - 3))
 
 def _is_derived(word):
@@ -642,6 +644,7 @@ def words(
 
 def _runs(tokens, n): return [tuple(tokens[j:j + n]) for j in range(len(tokens) - n + 1)]
 
+# %% ../nbs/21_claims.ipynb #bb3d83e9
 def longest_shared_runs(
     texts:list[str], # generated descriptions
     contents, # descriptions of the training rows

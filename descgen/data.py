@@ -383,6 +383,7 @@ def _to_table(lines, titles, contents):
     return pl.DataFrame(columns, schema=ROW_SCHEMA).with_columns(
         pl.col("title", "content").fill_null(""))
 
+# %% ../nbs/11_data.ipynb #7c22f726
 def _parse_csv_fast(block, first, source):
     "The rows of regular records, parsed by polars; None if it could misread one"
     ends, n_columns = _record_ends(block), len(source.columns)
@@ -578,6 +579,7 @@ def _fill(buffer):
     buffer.text, buffer.start = buffer.text[buffer.start:] + text, 0
     return True
 
+# %% ../nbs/11_data.ipynb #42989b64
 def _skip(buffer, end):
     "Move to a position and past the white space after it; the next character, \"\" at the end of the file"
     while True:
@@ -741,6 +743,7 @@ def read_parts(
     for _, parse in show_progress(source.path, readers[source.format](source)):
         yield parse
 
+# %% ../nbs/11_data.ipynb #ba1a83c8
 def read_catalogue(
     path:str|Path, # a file for `inspect_file`
     title_field:str="auto", # as for `inspect_file`

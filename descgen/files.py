@@ -51,6 +51,7 @@ def flush_to_disk(
     with open(path, "rb+") as f: # on Windows, fsync fails on a file that is open for reading only
         os.fsync(f.fileno())
 
+# %% ../nbs/00_files.ipynb #1c194abe
 def write_text(
     path:str|Path, # the file; its folder is created
     text:str, # all of its content
@@ -162,6 +163,8 @@ def _upgrade_funnel(funnel):
     return dict.fromkeys(fields, 0) | _rename_keys(funnel, _RENAMED_FUNNEL)
 
 # schema 1 trained as with these values
+
+# %% ../nbs/00_files.ipynb #c559a1d1
 _NEW_PARAMETERS = {"sources": 0, "source_chars": 400, "targets": "all"}
 
 def upgrade_manifest(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INSTRUCTION', 'DEFAULT_DATE', 'IGNORE_INDEX', 'sources_text', 'chat_messages', 'pin_date', 'template_text',
-           'TemplateParts', 'template_parts', 'prompt_ids', 'completion_ids', 'set_eos_and_pad', 'encode_row',
-           'show_labels', 'encode_rows']
+           'text_ids', 'TemplateParts', 'template_parts', 'prompt_ids', 'completion_ids', 'set_eos_and_pad',
+           'encode_row', 'show_labels', 'encode_rows']
 
 # %% ../nbs/20_formatting.ipynb #c003
 import html, re
@@ -74,7 +74,10 @@ def _control_ids(tokenizer, text):
     "Token ids of text from the template: control tokens are recognised"
     return tokenizer(text, add_special_tokens=False).input_ids
 
-def _text_ids(tokenizer, text):
+def text_ids(
+    tokenizer, # of the model
+    text:str|list[str], # from the data
+)->list: # token ids, or a list of them
     "Token ids of text from the data: control tokens are plain text"
     return tokenizer(text, add_special_tokens=False,
         split_special_tokens=True, verbose=False).input_ids
@@ -131,7 +134,7 @@ def prompt_ids(
     sources=(), # similar products, the most similar first, each with `title` and `content`
 )->list[int]: # token ids, complete: the model needs no other
     "The prompt, up to where the assistant begins to write"
-    return parts.head + _text_ids(tokenizer, _prompt_text(title, parts, sources)) + parts.middle
+    return parts.head + text_ids(tokenizer, _prompt_text(title, parts, sources)) + parts.middle
 
 def completion_ids(
     content:str, # the product's description, any text
@@ -139,7 +142,7 @@ def completion_ids(
     parts:TemplateParts, # of its chat template
 )->list[int]: # token ids of the content alone; `parts.tail` ends it
     "The completion, without its end"
-    return _text_ids(tokenizer, content.strip() + parts.close)
+    return text_ids(tokenizer, content.strip() + parts.close)
 
 # %% ../nbs/20_formatting.ipynb #c050
 def set_eos_and_pad(
@@ -172,6 +175,7 @@ def _example(prompt, content, parts, max_length, loss_on):
     return {"input_ids": ids, "labels": labels,
             "n_prompt": len(prompt), "n_cut": len(content) - len(kept)}
 
+# %% ../nbs/20_formatting.ipynb #1f8a34dd
 def encode_row(
     row:dict, # `title`, `content` and perhaps `sources`
     tokenizer, # of the model
@@ -240,8 +244,8 @@ def encode_rows(
     "The examples of all rows that fit into `max_length`"
     if not rows: return [], []
     prompts = [_prompt_text(row["title"], parts, row.get("sources", ())) for row in rows]
-    prompts = _text_ids(tokenizer, prompts)
-    contents = _text_ids(tokenizer, [row["content"].strip() + parts.close for row in rows])
+    prompts = text_ids(tokenizer, prompts)
+    contents = text_ids(tokenizer, [row["content"].strip() + parts.close for row in rows])
     reason = f"the prompt leaves no room for content within max_length={max_length}"
     examples, rejected = [], []
     for row, prompt, content in zip(rows, prompts, contents):

@@ -29,6 +29,7 @@ def _mark_repeated_keys(fields, pairs):
 def _is_string_list(value):
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
+# %% ../nbs/10_json_lines.ipynb #92e03f2e
 def _get_text(row, key, join_lists=False):
     "The text of a key; with `join_lists` a list of strings is joined by line breaks"
     if key not in row: raise ValueError(f"`{key}` is missing")
@@ -250,6 +251,7 @@ def show_progress(
             bar.set_postfix_str(
                 f"{line/max(bar.format_dict['elapsed'], 1e-3):,.0f} rows/s", refresh=False)
 
+# %% ../nbs/10_json_lines.ipynb #38666ac2
 def read_blocks(
     path:str|Path, # JSON Lines: uncompressed, `.gz`, `.zst` or `.zip`
     size:int=1<<24, # decompressed bytes per block; a longer line makes a longer block

@@ -58,6 +58,7 @@ def decode_lora(X, W, state, A, B, s):
 def _rounded_matmul_lora(original, utils):
     "Unsloth's function for one input, rounded once if the weight is supported"
     def matmul_lora(X, W, W_quant, A, B, s, out=None, use_global_buffer=True):
+        "Unsloth's function, or the sum in one product"
         if A is None or not _is_supported(X, W, W_quant):
             return original(X, W, W_quant, A, B, s, out, use_global_buffer)
         weight = utils.fast_dequantize(W, W_quant,
@@ -78,6 +79,7 @@ def _rounded_matmul_lora_ext(original, utils):
 def _rounded_linear(original, utils):
     "Unsloth's function for one token, summed in float32 if the weight is supported"
     def fast_linear_forward(proj, X, temp_lora=None, out=None):
+        "Unsloth's function, or the sum in float32 if there is one token"
         if X.shape[1] != 1 or not has_plain_adapter(proj):
             return original(proj, X, temp_lora, out)
         W, state, A, B, s, bias = utils.get_lora_parameters_bias(proj)

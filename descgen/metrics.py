@@ -125,7 +125,11 @@ def bootstrap_resamples(
     return np.random.default_rng(seed).multinomial(n, [1/n]*n, size=times).astype(float)
 
 # %% ../nbs/61_metrics.ipynb #a26bcd87
-def finite_or_none(x): return float(x) if np.isfinite(x) else None
+def finite_or_none(
+    x:float, # a value or nan
+)->float|None:
+    "The value; None if it is not finite, because JSON has no nan"
+    return float(x) if np.isfinite(x) else None
 
 def percentile_interval(resampled):
     "The middle 95 % of the resampled values; None without finite values"
@@ -287,7 +291,9 @@ def claim_sums(
     common:set[str]=frozenset(), # words that are no names, from `common_words`
 )->dict: # metrics and their sums; both are zero if there is no claim to count
     "The claim metrics of one description"
-    def facts(claims): return [claim for claim in claims if claim.kind != "name"]
+    def facts(claims):
+        "Figures, numbers and models"
+        return [claim for claim in claims if claim.kind != "name"]
     claims = find_claims(text, language, common)
     in_catalogue, in_text = ([{"title": "", "content": content}] for content in (reference, text))
     false = _outside(facts(claims), title, in_catalogue, language)

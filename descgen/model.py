@@ -162,6 +162,7 @@ def _only_cached(offline):
     finally:
         constants.HF_HUB_OFFLINE = before
 
+# %% ../nbs/33_model.ipynb #07775ea1
 @contextmanager
 def _model_source(model_id):
     "The folder or hub name to load a model from; an OSError while loading says what to do"
@@ -236,7 +237,9 @@ def model_fingerprint(
     tokenizer, # of the model
 )->dict: # `source`: folder or hub name; `files`: the SHA-256 of each; `tokenizer_sha256` and `template_sha256`
     "Hashes that identify a model, its tokenizer and its chat template"
-    def sha256_text(text): return hashlib.sha256(text.encode()).hexdigest()
+    def sha256_text(text):
+        "SHA-256 of a text"
+        return hashlib.sha256(text.encode()).hexdigest()
     source = model.config._name_or_path
     return {
         "source": Path(source).name if Path(source).is_dir() else source,

@@ -74,7 +74,6 @@ class _PackBlocks:
     def __post_init__(self):
         self.tokenizer = copy.deepcopy(self.tokenizer) # used in another thread than the training
         self.n_blocks, self.rejected = -(-len(self.rows)//self.block_rows), {}
-        self.removed = {} # for each block the sentences removed from each row
         self.block = lru_cache(4)(self._make_block)
 
     def _block_of_rows(self, number):
@@ -82,7 +81,7 @@ class _PackBlocks:
         numbers = range(number*self.block_rows, min((number + 1)*self.block_rows, len(self.rows)))
         rows = self.rows.select(numbers).to_list()
         if not self.grounding: return rows, []
-        rows, self.removed[number], rejected = self.grounding.training_rows(rows, numbers)
+        rows, _, rejected = self.grounding.training_rows(rows, numbers)
         return rows, rejected
 
     def _make_block(self, number):

@@ -151,6 +151,7 @@ def _describe_unknown(name):
     similar = difflib.get_close_matches(str(name), Recipe.model_fields, 1)
     return f"{name} is no parameter" + (f"; did you mean {similar[0]}?" if similar else "")
 
+# %% ../nbs/40_recipe.ipynb #24e1d710
 def check_recipe(
     values:dict, # parameter names and values
 )->Recipe: # checked

@@ -216,6 +216,7 @@ def _title_with_sources(evaluation, i):
     sources = evaluation.sources[i]
     return evaluation.titles[i], "; ".join(_name_source(k, sources) for k in range(len(sources)))
 
+# %% ../nbs/64_report.ipynb #dfbf623f
 def _shown_systems(evaluation):
     "The systems whose texts are shown"
     return [name for name in (BASE, TUNED, VERIFIED) if name in evaluation.texts]

@@ -25,6 +25,7 @@ _MORE_FORMS = [
 _EXCLUDED_RULES = ("ArtifactoryDetector", "IPPublicDetector")
 REDACTED = "[hidden]"
 
+# %% ../nbs/70_secrets.ipynb #ab1e0771
 def _known_secrets(environ):
     "Values of variables with the name of a secret, longest first; values under 8 characters would hide ordinary words"
     values = {value for name, value in environ.items()

@@ -7,7 +7,7 @@ __all__ = ['N_FEATURES', 'MAX_POSTINGS', 'title_counts', 'inverse_document_frequ
            'training_sources', 'source_rows']
 
 # %% ../nbs/15_sources.ipynb #c4e9fdbe
-import json, os, shutil, uuid
+import json, shutil, uuid
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -43,6 +43,7 @@ def _shorten(lists):
     ends = np.concatenate([[0], np.cumsum(np.minimum(lengths, MAX_POSTINGS))])
     return lists.data[kept], lists.indices[kept], ends
 
+# %% ../nbs/15_sources.ipynb #7eee2e0e
 def inverse_document_frequency(
     frequency:np.ndarray, # number of titles with each feature
     n:int, # number of titles
@@ -50,6 +51,7 @@ def inverse_document_frequency(
     "The smoothed weight of each feature, as scikit-learn's `TfidfTransformer` computes it"
     return (np.log((1 + n)/(1 + frequency)) + 1).astype(np.float32)
 
+# %% ../nbs/15_sources.ipynb #d7dd43b6
 def _write_index(counts, folder):
     "Write the lists of all features as arrays that are read by memory map"
     import scipy.sparse as sp
@@ -59,7 +61,8 @@ def _write_index(counts, folder):
     lengths[lengths == 0] = 1
     unit_length = (sp.diags((1/lengths).astype(np.float32)) @ weighted).T.tocsr()
     weights, rows, ends = _shorten(unit_length)
-    arrays = {"weights": weights.astype(np.float32), "rows": rows.astype(np.int32), "ends": ends, "frequency": frequency}
+    arrays = {"weights": weights.astype(np.float32), "rows": rows.astype(np.int32),
+              "ends": ends, "frequency": frequency}
     for name, array in arrays.items():
         np.save(folder/f"{name}.npy", array)
 
@@ -90,6 +93,7 @@ def _write_texts(rows, folder, chars):
     pl.concat(parts).write_ipc(folder/"rows.arrow", compat_level=pl.CompatLevel.oldest())
     return sp.vstack(counts, format="csr")
 
+# %% ../nbs/15_sources.ipynb #6fcbfa2a
 def write_sources(
     rows, # a `datasets.Dataset` of the training rows: `uid`, `title`, `content`
     folder:str|Path, # to be made; if it exists, it is complete and nothing happens
@@ -108,6 +112,38 @@ def write_sources(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+# %% ../nbs/15_sources.ipynb #b2683203
+def _query_weights(titles, frequency, n):
+    "Weights of the features of titles; shortened lists are used only if a title has no other feature"
+    counts = title_counts(titles).multiply(inverse_document_frequency(frequency, n)).tocsr()
+    n_features = np.diff(counts.indptr)
+    is_complete = frequency[counts.indices] <= MAX_POSTINGS
+    n_complete = np.add.reduceat(np.append(is_complete, False), counts.indptr[:-1])*(n_features > 0)
+    counts.data *= is_complete | np.repeat(n_complete == 0, n_features)
+    counts.eliminate_zeros()
+    return counts
+
+def _best(scores, rows, k):
+    "The rows with the `k` highest scores; of equal scores the first row"
+    if len(rows) > 10*k:
+        lowest = np.partition(scores, -k)[-k]
+        scores, rows = scores[scores >= lowest], rows[scores >= lowest]
+    return rows[np.lexsort((rows, -scores))][:k].tolist()
+
+# %% ../nbs/15_sources.ipynb #03e97f61
+def _read_about(folder):
+    "What a folder says of itself; ValueError if it is no index, FileNotFoundError if there is none"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder. An adapter that was trained with sources needs the index "
+                                "that was saved beside it. Copy it there, or call `describe` without sources.")
+    try:
+        about = json.loads((folder/"about.json").read_text(encoding="utf-8"))
+        known = about["format"] == _FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder} is not an index of sources: about.json is missing or damaged.") from None
+    if not known: raise ValueError(f"{folder} has format {about['format']}; this descgen reads format {_FORMAT}.")
+    return about
 
 # %% ../nbs/15_sources.ipynb #f2e30efa
 class Sources:
@@ -132,42 +168,13 @@ class Sources:
         weights, rows = (np.load(self.folder/f"{name}.npy", mmap_mode="r") for name in ("weights", "rows"))
         return sp.csr_matrix((weights, rows, self.ends), shape=(N_FEATURES, self.about["rows"]), copy=False)
 
-    def query(self, titles):
-        "Weights of the features of titles; shortened lists are used only if a title has no other feature"
-        counts = title_counts(titles).multiply(inverse_document_frequency(self.frequency, self.about["rows"])).tocsr()
-        is_complete = self.frequency[counts.indices] <= MAX_POSTINGS
-        n_complete = np.add.reduceat(np.append(is_complete, False), counts.indptr[:-1])*(np.diff(counts.indptr) > 0)
-        counts.data *= is_complete | np.repeat(n_complete == 0, np.diff(counts.indptr))
-        counts.eliminate_zeros()
-        return counts
-
     def nearest(self,
         titles:list[str],
         k:int=2, # most rows per title
     )->list[list[int]]: # row numbers, the most similar first; fewer than `k` if fewer share a feature with the title
         "The rows with the most similar titles"
-        scores = self.query(titles) @ self.postings
+        scores = _query_weights(titles, self.frequency, self.about["rows"]) @ self.postings
         return [_best(scores.data[a:b], scores.indices[a:b], k) for a, b in zip(scores.indptr, scores.indptr[1:])]
-
-def _best(scores, rows, k):
-    "The rows with the `k` highest scores; of equal scores the first row"
-    if len(rows) > 10*k:
-        lowest = np.partition(scores, -k)[-k]
-        scores, rows = scores[scores >= lowest], rows[scores >= lowest]
-    return rows[np.lexsort((rows, -scores))][:k].tolist()
-
-def _read_about(folder):
-    "What a folder says of itself; ValueError if it is no index, FileNotFoundError if there is none"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder. An adapter that was trained with sources needs the index "
-                                "that was saved beside it. Copy it there, or call `describe` without sources.")
-    try:
-        about = json.loads((folder/"about.json").read_text(encoding="utf-8"))
-        known = about["format"] == _FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder} is not an index of sources: about.json is missing or damaged.") from None
-    if not known: raise ValueError(f"{folder} has format {about['format']}; this descgen reads format {_FORMAT}.")
-    return about
 
 # %% ../nbs/15_sources.ipynb #d87fa88b
 _MORE = 8 # candidates beyond the wanted number, of which near-duplicates are left out
@@ -185,6 +192,7 @@ def _different_texts(sources, candidates, k):
     first = {text: number for number, text in reversed(list(zip(candidates, texts)))}
     return [number for number in candidates if number in first.values()][:k]
 
+# %% ../nbs/15_sources.ipynb #bd68ba46
 def training_sources(
     sources:Sources, # the index of the training rows
     numbers:list[int], # of training rows

@@ -7,7 +7,6 @@ __all__ = ['UNSUPPORTED', 'supported_part', 'Grounding', 'prepare_grounding']
 
 # %% ../nbs/22_targets.ipynb #2138d194
 from dataclasses import dataclass
-from pathlib import Path
 
 from .claims import Claim, common_words, detect_language, sentences, unsupported_claims
 from .dataset import PreparedData
@@ -28,6 +27,23 @@ def supported_part(
             kept.append(text[part.start:end])
     return "".join(kept).strip().rstrip("/•·|,;").rstrip(), removed
 
+# %% ../nbs/22_targets.ipynb #14bbb498
+UNSUPPORTED = "too little of the content is supported by title and sources"
+
+def _supported_rows(rows, grounding):
+    "Rows whose contents are reduced to supported sentences, the removed sentences, and rejected rows"
+    kept, all_removed, rejected = [], [], []
+    for row in rows:
+        unsupported, _ = unsupported_claims(
+            row["content"], row["title"], row.get("sources", []), grounding.common, grounding.language)
+        content, removed = supported_part(row["content"], unsupported)
+        if len(content) < grounding.min_chars:
+            rejected.append({"line": row.get("line"), "reason": UNSUPPORTED, "text": row["title"]})
+        else:
+            kept.append({**row, "content": content})
+            all_removed.append(removed)
+    return kept, all_removed, rejected
+
 # %% ../nbs/22_targets.ipynb #5b56d4a9
 @dataclass(frozen=True)
 class Grounding:
@@ -45,7 +61,7 @@ class Grounding:
         rows = self._with_sources(rows, lambda: training_sources(
             self.sources, list(numbers), self.n_sources, self.near_threshold))
         if self.targets == "all": return rows, [[] for _ in rows], []
-        return self._supported_rows(rows)
+        return _supported_rows(rows, self)
 
     def test_rows(self, rows):
         "Test rows with their sources; their contents stay"
@@ -55,22 +71,6 @@ class Grounding:
         "Rows with their sources"
         if not self.n_sources or not rows: return rows
         return [{**row, "sources": found} for row, found in zip(rows, source_rows(self.sources, find()))]
-
-    def _supported_rows(self, rows):
-        "Rows whose contents are reduced to supported sentences, the removed sentences, and rejected rows"
-        kept, all_removed, rejected = [], [], []
-        for row in rows:
-            sources = row.get("sources", [])
-            unsupported, _ = unsupported_claims(row["content"], row["title"], sources, self.common, self.language)
-            content, removed = supported_part(row["content"], unsupported)
-            if len(content) < self.min_chars:
-                rejected.append({"line": row.get("line"), "reason": UNSUPPORTED, "text": row["title"]})
-            else:
-                kept.append({**row, "content": content})
-                all_removed.append(removed)
-        return kept, all_removed, rejected
-
-UNSUPPORTED = "too little of the content is supported by title and sources"
 
 # %% ../nbs/22_targets.ipynb #1b95f8ba
 def prepare_grounding(

@@ -27,12 +27,18 @@ def outcome(
     return "better" if difference["difference"]*direction > 0 else "worse"
 
 # %% ../nbs/63_verdict.ipynb #5b49c0d9
-def format_number(x):
+def format_number(
+    x:float|None, # None: not measured
+)->str:
+    "A number with as many decimals as its size needs"
     if x is None: return "–"
     if x == 0: return "0"
     return f"{x:,.3f}" if abs(x) < 10 else f"{x:,.1f}"
 
-def format_signed(x):
+def format_signed(
+    x:float|None, # None: not measured
+)->str:
+    "A difference with its sign"
     if x is None: return "–"
     return f"{x:+,.3f}" if abs(x) < 10 else f"{x:+,.1f}"
 
@@ -186,6 +192,7 @@ def _verified_comparisons(part):
         lines += [_format_comparison(metric, part, VERIFIED, other, found[other][metric]) for other in measured]
     return lines
 
+# %% ../nbs/63_verdict.ipynb #a6f07db5
 def comparisons(
     evaluation:Evaluation,
 )->list[str]: # lines; none if there are too few test rows to judge

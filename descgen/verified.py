@@ -10,7 +10,7 @@ import hashlib, html, re
 from dataclasses import dataclass, field, replace
 
 from .claims import find_claims, sentences, supporting
-from .formatting import prompt_ids, template_parts, TemplateParts
+from .formatting import prompt_ids, template_parts, TemplateParts, text_ids
 from .inference import complete, Sampling, stream
 
 # %% ../nbs/51_verified.ipynb #c51006
@@ -177,6 +177,7 @@ def _advance(writing, is_complete=True):
                 writing.draft, writing.original = writing.original, None
             _leave_out(writing, _next_sentence(writing, is_complete))
 
+# %% ../nbs/51_verified.ipynb #816ce10f
 def _finish(writing):
     "Keep what follows the last sentence, as a closing tag, if it states nothing unsupported"
     writing.draft = writing.draft.rstrip()
@@ -207,10 +208,6 @@ def verify(
     return _result(writing)
 
 # %% ../nbs/51_verified.ipynb #c51044
-def _text_ids(tokenizer, text):
-    "Token ids of a text; control tokens are plain text"
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-
 def _decode(tokenizer, ids):
     "The text of token ids, without control tokens"
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -226,7 +223,7 @@ def _round_noise(writing, sampling):
 def _write_again(model, tokenizer, writings, sampling):
     "Replace the drafts by new continuations of the kept texts, all in one call"
     import torch
-    kept = [_text_ids(tokenizer, writing.kept) for writing in writings]
+    kept = [text_ids(tokenizer, writing.kept) for writing in writings]
     prompts = [writing.prompt + ids for writing, ids in zip(writings, kept)]
     noise = torch.stack([_round_noise(writing, sampling) for writing in writings])
     longest = replace(sampling, max_new_tokens=max(map(_room, writings)))
@@ -241,7 +238,7 @@ def _begin(tokenizer, titles, parts, sampling, sources, checks):
     "The texts to be written, with their prompts"
     sources = [()]*len(titles) if sources is None else sources
     if sampling.greedy: checks = replace(checks, attempts=0)
-    shared = {"budget": sampling.max_new_tokens, "count": lambda text: len(_text_ids(tokenizer, text))}
+    shared = {"budget": sampling.max_new_tokens, "count": lambda text: len(text_ids(tokenizer, text))}
     return [_Writing(title, own, checks, prompt=prompt_ids(title, tokenizer, parts, own), index=i, **shared)
             for i, (title, own) in enumerate(zip(titles, sources, strict=True))]
 
@@ -283,6 +280,7 @@ def _verified_parts(writing, pieces):
             return True
     return _advance(writing)
 
+# %% ../nbs/51_verified.ipynb #dc0b7cca
 def stream_verified(
     model, # with or without an adapter
     tokenizer, # of the model
