@@ -49,9 +49,9 @@ def make_recipe(args, path, way):
 def write_texts(model, tokenizer, rows, parts, new_tokens):
     "A greedy text for each row"
     from descgen.inference import Sampling, describe
-    found = [row.get("sources", []) for row in rows]
-    return describe(model, tokenizer, [row["title"] for row in rows], parts, Sampling(new_tokens, greedy=True, batch_size=75),
-                    found, progress=False)
+    titles, found = [row["title"] for row in rows], [row.get("sources", []) for row in rows]
+    sampling = Sampling(new_tokens, greedy=True, batch_size=75)
+    return describe(model, tokenizer, titles, parts, sampling, found, progress=False)
 
 def train_and_write(args, path, way, seed):
     "Texts of one way with one seed, of the base model with the same prompts too, and the test rows"
@@ -148,8 +148,8 @@ def tables(read):
         s = record["summary"]
         rows = [[LABELS[system], *(cell(values[m]) for m in MEASURES), f"{values['claims']['value']:.1f}"]
                 for system, values in s["systems"].items()]
-        about = (f"{s['titles']} test titles, {record['rounds']} seeds; in brackets the 95 % interval of the difference "
-                 f"to the nearest title's description. {circumstances(record, 'torch')}")
+        about = (f"{s['titles']} test titles, {record['rounds']} seeds; in brackets the 95 % interval of the "
+                 f"difference to the nearest title's description. {circumstances(record, 'torch')}")
         head = ["", "chrF", "false claims, %", "unsupported claims, %", "claim recall, %", "claims per text"]
         found[f"sources-{name}"] = [about, "", *markdown_table(head, rows)]
     return found
