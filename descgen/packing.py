@@ -129,6 +129,15 @@ class _ShuffledBlocks(_PackBlocks):
         self._jobs = {i: job for i, job in self._jobs.items() if i >= n - 1}
         return self._jobs[n].result()
 
+# %% ../nbs/23_packing.ipynb #45881352
+def _no_row_left(rejected, max_length):
+    "The message of an error: why no row can be trained on, and what to do"
+    reasons = {row["reason"] for rows in rejected.values() for row in rows}
+    if any("leaves no room" not in reason for reason in reasons):
+        return f"No row is left to train on: {'; '.join(sorted(reasons))}. Use targets='all', or more sources."
+    return (f"No row fits into max_length={max_length} tokens: even the shortest prompt leaves no room for a content. "
+            "Set max_length higher; 512 is enough for most descriptions.")
+
 # %% ../nbs/23_packing.ipynb #b40c44ec
 class Packs(_ShuffledBlocks):
     "The packs of a run in the order of training: `packs[i]` for any i, made one block of rows at a time"
@@ -140,9 +149,7 @@ class Packs(_ShuffledBlocks):
                 delay=2, disable=n_blocks <= len(self._ends)):
             self._ends.append(self._ends[-1] + len(self._read_block(n)))
             if n + 1 == self.n_blocks and not self._ends[-1]:
-                raise ValueError(f"No row fits into max_length={self.max_length} tokens: "
-                                 "even the shortest prompt leaves no room for a content. "
-                                 "Set max_length higher; 512 is enough for most descriptions.")
+                raise ValueError(_no_row_left(self.rejected, self.max_length))
 
     def __getitem__(self, i):
         while self._ends[-1] <= i:

@@ -105,7 +105,9 @@ def _percent(share):
     return f"{share:.0f} %"
 
 # %% ../nbs/63_verdict.ipynb #c313c952
-_MEANINGS = {"false_claims": "false (not in the catalogue)", "unsupported_claims": "unsupported (in no source)"}
+_MEANINGS = {
+    "false_claims": "false (in neither the title nor the catalogue's description)",
+    "unsupported_claims": "unsupported (in neither the title nor a source)"}
 _RIVALS = {"false_claims": {BASE: "the base model", NEAREST: "copying"},
            "unsupported_claims": {BASE: "the base model"}} # a copied description mostly stands in the sources
 
