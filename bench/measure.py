@@ -97,12 +97,13 @@ def save_result(
     raw=None, # what was measured in every round
     rounds=1, # number of rounds
     statistic="median", # of the rounds, in the summary
+    where=None, # `machine` and `versions`, if it was measured elsewhere
 ):
     "Write `name`.json with the command, the date, the machine, the versions and the figures"
+    where = where or {"machine": machine(), "versions": versions()}
     record = {"name": name, "command": "python -m bench " + shlex.join(sys.argv[1:]),
               "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-              "machine": machine(),
-              "versions": versions(), "rounds": rounds,
+              **where, "rounds": rounds,
               "statistic": statistic, "summary": summary, "raw": raw}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder/f"{name}.json"

