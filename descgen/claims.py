@@ -229,13 +229,13 @@ def _to_base(number, unit):
 
 # %% ../nbs/21_claims.ipynb #1fc71ec4
 _LONGEST_FIRST = sorted(_SPELLED_UNITS, key=len, reverse=True)
-# "in" is a unit before a separator or a word of shape, but not in "12 in which 3 are red"
-_INCH = r"in(?=\s*(?:[,;:/)x×]|by\b|$|-|\n|\.|high|wide|long|deep|tall|thick|square|diameter|across))"
+# "in" is a unit after a digit and before a separator or a word of shape, but not in "12 in which 3 are red"
+_INCH = r"(?:(?<=\d)in|in(?=\s*(?:[,;:/)x×]|by\b|$|-|\n|\.|high|wide|long|deep|tall|thick|square|diameter|across)))"
 _UNIT = rf"(?:{'|'.join(map(re.escape, _LONGEST_FIRST))}|{_INCH})(?!\w)"
 _SUFFIX = r"(?:st|nd|rd|th|[sxdkpºª]|pcs?|pk|pack|er)(?!\w)" # 3rd, 1990s, 4x, 1080p
 _CURRENCY = r"(?:US\$|R\$|[$€£])\s?"
 _PART = (rf"(?P<currency>{_CURRENCY})?(?P<number>{_NUMBER})"
-         rf"(?:[\s\u00a0-]?(?P<unit>{_UNIT})|{_SUFFIX})?(?!\w|[.,]\d)")
+         rf"(?:[\s\u00a0-]?(?P<unit>{_UNIT})|{_SUFFIX})?(?![^\Wx]|x(?!\d)|[.,]\d)")
 _UNNAMED_PART = re.sub(r"\?P<\w+>", "?:", _PART)
 # of ranges and dimensions
 _JOIN = r"(?:\s?[x×]\s?|\s?[–—-]\s?|[/:]|\s(?:to|by|a|até|por|bis|mal|à|per)\s)"
