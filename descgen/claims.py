@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from fractions import Fraction
 from functools import cache, lru_cache
+from itertools import product
+from string import ascii_lowercase
 
 from .formatting import INSTRUCTION
 
@@ -227,13 +229,13 @@ def _to_base(number, unit):
 
 # %% ../nbs/21_claims.ipynb #1fc71ec4
 _LONGEST_FIRST = sorted(_SPELLED_UNITS, key=len, reverse=True)
-# "in" is a unit before a separator or a word of shape, but not in "12 in which 3 are red"
-_INCH = r"in(?=\s*(?:[,;:/)x×]|by\b|$|-|\n|\.|high|wide|long|deep|tall|thick|square|diameter|across))"
+# "in" is a unit after a digit and before a separator or a word of shape, but not in "12 in which 3 are red"
+_INCH = r"(?:(?<=\d)in|in(?=\s*(?:[,;:/)x×]|by\b|$|-|\n|\.|high|wide|long|deep|tall|thick|square|diameter|across)))"
 _UNIT = rf"(?:{'|'.join(map(re.escape, _LONGEST_FIRST))}|{_INCH})(?!\w)"
 _SUFFIX = r"(?:st|nd|rd|th|[sxdkpºª]|pcs?|pk|pack|er)(?!\w)" # 3rd, 1990s, 4x, 1080p
 _CURRENCY = r"(?:US\$|R\$|[$€£])\s?"
 _PART = (rf"(?P<currency>{_CURRENCY})?(?P<number>{_NUMBER})"
-         rf"(?:[\s\u00a0-]?(?P<unit>{_UNIT})|{_SUFFIX})?(?!\w|[.,]\d)")
+         rf"(?:[\s\u00a0-]?(?P<unit>{_UNIT})|{_SUFFIX})?(?![^\Wx]|x(?!\d)|[.,]\d)")
 _UNNAMED_PART = re.sub(r"\?P<\w+>", "?:", _PART)
 # of ranges and dimensions
 _JOIN = r"(?:\s?[x×]\s?|\s?[–—-]\s?|[/:]|\s(?:to|by|a|até|por|bis|mal|à|per)\s)"
@@ -325,9 +327,18 @@ def _inflected(word, language):
 # %% ../nbs/21_claims.ipynb #b0ae5f84
 _PREFIX = ("anti|auto|bi|co|de|dual|extra|fore|hyper|inter|in|micro|mini|mis|multi|non|out|over"
     "|pre|re|semi|sub|super|tele|tri|ultra|under|un|up|water")
-_SUFFIXES = "s|es|ed|ing|ers?|less|proof|able|ness|free|like|wise|ment"
-_AFFIXES = re.compile(rf"(?:{_PREFIX})?(.{{3,}}?)(?:{_SUFFIXES})?")
+_SUFFIXES = "s|es|ed|ing|ers?|less|proof|able|ness|free|like|wise|ment|i[sz](?:ed|es|ing|ers?)"
+_SECOND_PARTS = ("back|bag|ball|band|base|bed|bench|blade|block|board|bottle|bowl|box|brush|cap|case|chain|cloth|coat"
+    "|cord|cover|cup|door|fold|frame|glass|guard|hanger|head|holder|hole|hook|house|keeper|knob|lace|light|maker"
+    "|neck|pack|pad|paper|phone|piece|pin|pit|plate|pocket|pot|print|rack|rail|ring|room|rope|screen|screw|seam|seat"
+    "|sheet|shell|side|skin|slip|socket|stand|stay|stitch|strap|string|table|tape|tool|top|tray|tube|tuck|unit|wall"
+    "|ware|wash|weave|weight|wheel|wire|wood|work|wrap")
+_FIRST_PARTS = ("arm|back|body|center|cross|ear|eye|face|finger|foot|front|hair|hand|head|heat|hip|knee|leg|mouth"
+    "|neck|rain|shoulder|side|snow|sun|thumb|toe|wind|wrist")
+_AFFIXES = re.compile(
+    rf"(?:{_PREFIX})?(.{{3,}}?)(?:{_SUFFIXES}|(?:{_SECOND_PARTS})(?:s|es|ed|ing|er)?)?")
 
+# %% ../nbs/21_claims.ipynb #cdb6face
 def _is_german_compound(word):
     "Whether a word consists of two listed words, perhaps joined by an s"
     def known(part):
@@ -335,16 +346,47 @@ def _is_german_compound(word):
         return zipf(part, "de") >= 3 or zipf(part.removesuffix("s"), "de") >= 3
     return any(known(word[:i]) and known(word[i:]) for i in range(4, len(word) - 3))
 
-def _is_derived(word):
-    "Whether an English word is a listed word with a prefix or an ending"
-    stem = _AFFIXES.fullmatch(word)[1]
+# %% ../nbs/21_claims.ipynb #64a6366e
+def _stems(stem):
+    "A stem as written, and before the changes of English spelling: tun-ing, bat-t-ed, fuss-i-er"
+    found = [stem, stem + "e"]
+    if len(stem) > 4 and stem[-1] == stem[-2]: found.append(stem[:-1])
+    if stem.endswith("i"): found.append(stem[:-1] + "y")
+    return found
+
+def _is_word(word, least=1.5):
+    "Whether an English word is listed and not a name"
+    return zipf(word, "en") >= least and name_score(word) < 0
+
+def _is_inflected(word):
+    "Whether an English word is a listed word with an ending"
+    stem = re.sub("(?:s|es|ed|ing|ers?|ly)$", "", word)
+    return stem != word and any(_is_word(base) for base in _stems(stem) if len(base) > 3)
+
+# %% ../nbs/21_claims.ipynb #82af4076
+def _is_two_words(word):
+    "Whether an English word consists of two words, of which one is common in such words or the second a plural"
+    m = re.fullmatch(f"(?:{_FIRST_PARTS})(.{{3,}})", word)
+    if m and _is_word(m[1], 3.3): return True
+    if not re.search("[^s]s$", word): return False
+    splits = [(word[:i], word[i:-1]) for i in range(3, len(word) - 3)]
+    return any(_is_word(first, 3.3) and _is_word(second, 3.3) for first, second in splits)
+
+def _is_prefixed(word, least):
+    "Whether an English word is a prefix and a word of some frequency"
     rest = re.sub(f"^(?:{_PREFIX})", "", word)
-    listed_stem = any(zipf(part, "en") >= 3 for part in (stem, stem + "e") if part != word)
-    return listed_stem or (3 < len(rest) < len(word) and zipf(rest, "en") >= 2)
+    return 3 < len(rest) < len(word) and zipf(rest, "en") >= least
+
+def _is_derived(word):
+    "Whether an English word is a listed word with a prefix or an ending, or consists of two words"
+    if _is_inflected(word) or _is_two_words(word): return True
+    stems = [stem for stem in _stems(_AFFIXES.fullmatch(word)[1]) if stem != word]
+    if any(zipf(stem, "en") >= (2.3 if len(stem) > 4 else 3) for stem in stems): return True
+    return _is_prefixed(word, 2)
 
 # %% ../nbs/21_claims.ipynb #0f74b061
 def _is_compound(word, language):
-    "Whether a word that is not listed consists of listed parts"
+    "Whether a word consists of listed parts"
     if language == "de": return _is_german_compound(word)
     return language == "en" and len(word) > 3 and _is_derived(word)
 
@@ -355,10 +397,29 @@ def name_score(
 )->float: # above 0: rather a name
     "How much the word lists speak for a name and against a word"
     own = zipf(word, language)
-    if own < 1.5: return -5.0 if _is_compound(word, language) else 5.0
+    if own < 2 and _is_compound(word, language): return -5.0
+    if own < 3.5 and language == "en" and _is_prefixed(word, 4.5): return -5.0 # inline, uplink
+    if own < 1.5: return 5.0
     elsewhere = sum(zipf(word, other) for other in _UNRELATED)/len(_UNRELATED)
     inflected = max(zipf(form, language) for form in _inflected(word, language))
     return 5.8 - 1.1*own - 4.4*(own - elsewhere) + 1.3*(own - inflected)
+
+# %% ../nbs/21_claims.ipynb #5363dded
+def _one_edit_away(word):
+    "Strings with one letter removed, swapped with the next, replaced or added"
+    halves = [(word[:i], word[i:]) for i in range(len(word) + 1)]
+    shorter = {start + end[1:] for start, end in halves}
+    swapped = {start + end[1] + end[0] + end[2:] for start, end in halves if len(end) > 1}
+    with_letters = list(product(halves, ascii_lowercase))
+    replaced = {start + letter + end[1:] for (start, end), letter in with_letters}
+    return shorter | swapped | replaced | {start + letter + end for (start, end), letter in with_letters}
+
+@lru_cache(100_000)
+def _is_misspelled(word, language):
+    "Whether a long word that is not listed is nearly a frequent word, and not a name"
+    if len(word) < 8 or zipf(word, language) >= 1.5: return False
+    frequent = [other for other in _one_edit_away(word) if zipf(other, language) >= 3.5]
+    return any(name_score(other, language) < 0 for other in frequent)
 
 # %% ../nbs/21_claims.ipynb #15fa18e2
 _INTERNATIONAL = set("""
@@ -385,17 +446,117 @@ mr mrs ms dr dra sir lady lord captain inspector sergeant detective doctor profe
 king queen prince princess saint award prize edition chapter book volume series inc ltd corp company senhor
 senhora dom dona herr frau señor señora monsieur madame signor signora christmas easter eve isbn american
 americans british scottish irish swiss african asian european arab arabs arabic celsius fahrenheit""".split())
+_ORGANISATIONS = set("association federation guild institute ministry university".split())
+
+# %% ../nbs/21_claims.ipynb #0a56d629
+_PRODUCT_WORDS = """
+agar aioli alabaster albacore alfalfa amaretto ambrosia anorak applejack aquamarine argyle ascot aspic azure baccarat
+backgammon bacon bagatelle baklava balsa banyan barbeque baseball batik batiste beanie beaver beechwood begonia berry
+bidet bijou bikini bingo biotin biryani bisque blackjack blanc bleu blond blowfish bluefin bolero bolo bolt bonbon
+bongo bonito bouillon bourbon brandy bratwurst bream brimstone broccoli brown brownie buffalo buffet bulgur burger
+burgundy burka cage calamari calico candy capon caraway carbonara carillon caviar cayenne cello cerise challah
+chambray champagne chapeau chartreuse cheddar chemise chenille cherry chicory chilli chinchilla chine chinos chipotle
+chorizo chowder chromium chrysanthemum chuck chutney cinnamon citron clementine cobalt cola coleslaw coronet crimson
+croissant dahlia daiquiri derby diadem diamante divan domino driftwood duffle dulcimer durian ebony eclair emerald
+ensemble escargot eucalyptus falafel fedora fettuccine filet flan flapjack fondue frankfurter freestone frittata
+gardenia gazpacho ghee gimlet ginger gingerbread gingham gnocchi gong gorgonzola gossamer granola grappa gray grey
+guacamole guava gumbo haddock hake halal halibut hamburger hanky hare hatchback highball hockey hollandaise homburg
+honey honeydew hood hopper hopscotch huckleberry hummus humus jack jalapeno jambalaya jello jelly jigsaw judo jukebox
+julienne juniper kaftan kale kazoo kebab khaki kimono kipper kirsch lacrosse lanolin lasagne lavender lederhosen
+licorice linden linguine lotto"""
+
+# %% ../nbs/21_claims.ipynb #300d822b
+_PRODUCT_WORDS += """
+mahjong manna maraschino margarita marigold marimba marinara marmite martini mascarpone mauve maxi mead millet mimosa
+mincemeat minibar mint miso mohair morello mousse mozzarella muesli muff mulberry mung muscat naan navy niacin nougat
+ocarina octopus okra oolong oregano organza paddy paella paintball paisley palladium parfait parka partridge pastrami
+patchouli pate pearl peekaboo penne peony peplum pepperoni pesto pianoforte piccolo pilaf pink pique pita poker
+polenta pollock polo poncho porterhouse potpourri prosciutto puree quark quesadilla quiche quicksilver racquetball
+radar raglan ratatouille ravioli rayon reed regalia retinol riboflavin rice ricotta roadster robot rose rosemary rouge
+roux ruby rugby rusk sable saffron sage sailfish salami salsa samba sambuca samosa sander sanguine sarong sarsaparilla
+sashimi sassafras satsuma scarlet schnitzel scooter sedan seltzer semolina sequoia sherry shimmy shredder simulator
+sitar smoothie snooker solitaire sombrero sonar sorbet souffle soya sportswear spud strudel sugarloaf sultana sumac
+sumo sunburst sushi swordfish taco taffy tahini taro taupe teak teddy tempura tequila teriyaki terry tiara tiramisu
+tofu topper torte tortellini trilby tuna tungsten turbot tweed ukulele vanity vermicelli vermilion violoncello vodka
+voile wasabi whiskey widget wiper zinfandel"""
+
+# %% ../nbs/21_claims.ipynb #6930e25e
+_EVERYDAY_WORDS = """
+abacus acrobat adagio aerospace agave agile agility alias alive allegro aloe alto anemone anime antivirus argon aspen
+aster astronomy atrium automotive autopilot aviation backspace backstage ballad balsam bandstand baobab baroque
+barracuda bazooka beagle beluga bergamot bionic bistro bitmap blacktop bluebell bonsai boogie borax boron bracken
+braille budgie bulletproof cabana cacao cachet cactus caddy calendula calla camellia canary canna canola cesium chaos
+chateau chevron chrysalis clematis cloche columbine commerce concierge condor confetti corgi cosmic coupe couture
+crocus crossbody cyberpunk daisy darkest dawn debug decathlon deli detox dialog diaries dingo diorama disco dollhouse
+duet echo edelweiss expo facelift faraway fauna feta fidget fiesta finch flamenco flamingo flora flotsam foreman forte
+foxtrot foxy freestyle freeware fulcrum funky futon galore gamma geographic geranium germanium ginkgo ginseng gizmo
+glamour glee gondola gosling gourmet graffiti grand grandeur gratis grumpy grunt gunmetal guppy guru gust gusto
+hacksaw haiku hammerhead handball handmade hardcore hardtop hazel helium helpdesk henna hibiscus hobby hula husky
+hydrangea hypertext ibex ibis igloo iguana immobile infotainment insomnia intranet intro iridium jackpot jagged
+jamboree jazz jazzy jiffy jojoba jumbo kaolin karaoke karma kilo kilogram krypton"""
+
+# %% ../nbs/21_claims.ipynb #d3c077f1
+_EVERYDAY_WORDS += """
+largo lemony lemur limbo limelight lino lizard lollipop lonesome lotus lumpy macadamia madness maestro magnolia
+mallard malt mandala manga marina matchbox maven medley mercury metadata metro mezzanine mezzo midi mighty misty moka
+moleskin mongoose mono monogram monolith moonlight moose moray mossy motto multiplex musk neem neurology nightingale
+nightshade ninja nonstop ocelot optimum origami oryx osmium ozone pagoda palmetto palomino panda pansy papaya
+paperclip papyrus parabola patina peachy peppy percale petite petroleum petunia piazza pinata pinball ping pinky
+pizzeria placebo plankton plaza plutonium podium polar polka polyphony pong postman prepaid primal primrose prismatic
+promo prosperity proto pulsar punk quantum quintet radium radon rebus regatta reggae revue rhodium rhododendron
+roadrunner rockabilly rollerball rooibos rosebud rosewater rosy rotten rotunda rowan ruddy rumba safari salon sari
+sateen sauna scuba seasick secondhand selfie sensory serendipity sesame shaggy shamrock shareware shea sheen showtime
+sidecar sienna siesta sisal skunk skylark slalom sledge slippery slogan smiley snapdragon snowboard snowman sommelier
+sonata soprano soundtrack spam sparrow spearmint spiny sprite spritz spyware staccato startup status stealth
+stegosaurus sterling stevia stingray stole stout summertime sunny sunrise sunshine symphonic tabby taekwondo
+tagliatelle tango tarantula tarot tarpon tawny techno teen tempera tinsel toasty toga torchlight tortilla totem
+trackball trance trekking tremolo trendy triceratops tricolor trio triplex tritium trivia tsunami tusk tutu
+tyrannosaurus unbreakable unbroken uncut underground unlimited unreal uplink velociraptor vinyasa vole wade wake
+walkabout waltz wanderlust webmaster whippet wideband wigwam windward wisteria wonderland woody worldwide wren xenon
+yarrow yogi yttrium yucca zany zebra zinnia zodiac"""
+
+# %% ../nbs/21_claims.ipynb #5dd2ef9a
+_TITLE_CASE_WORDS = {*_PRODUCT_WORDS.split(), *_EVERYDAY_WORDS.split()}
+
+def _is_title_case_word(word):
+    "Whether a word in lower case, or its singular, is in the lists for Title Case"
+    return word in _TITLE_CASE_WORDS or word.removesuffix("s") in _TITLE_CASE_WORDS
 
 # %% ../nbs/21_claims.ipynb #9fdd18d7
+_STATES = {"en": """
+Alabama Alaska Arizona Arkansas California Colorado Connecticut Delaware Florida Georgia Hawaii Idaho
+Illinois Indiana Iowa Kansas Kentucky Louisiana Maine Maryland Massachusetts Michigan Minnesota Mississippi Missouri
+Montana Nebraska Nevada New_Hampshire New_Jersey New_Mexico New_York North_Carolina North_Dakota Ohio Oklahoma Oregon
+Pennsylvania Rhode_Island South_Carolina South_Dakota Tennessee Texas Utah Vermont Virginia Washington West_Virginia
+Wisconsin Wyoming""", "pt": """
+Alagoas Amapá Amazonas Bahia Ceará Espírito_Santo Goiás Maranhão Mato_Grosso
+Minas_Gerais Paraíba Paraná Pernambuco Piauí Rio_de_Janeiro Rondônia Roraima Santa_Catarina São_Paulo Sergipe
+Tocantins"""} # which Babel does not know
+
+# %% ../nbs/21_claims.ipynb #bd89e2ca
+_CITIES = set("""
+Albuquerque Antwerp Atlanta Austin Baltimore Barcelona Belfast Birmingham Bologna Boston Bremen Bristol Cardiff
+Charlotte Cologne Columbus Dallas Dortmund Dresden Düsseldorf Edinburgh Essen Florence Frankfurt Fresno Genoa
+Glasgow Gothenburg Hamburg Hanover Houston Indianapolis Jacksonville Kraków Leeds Leipzig Liverpool Louisville
+Lyon Manchester Marseille Memphis Miami Milan Milwaukee Minneapolis Munich Málaga Naples Nashville Nuremberg Omaha
+Palermo Philadelphia Pittsburgh Portland Porto Rotterdam Sacramento Seattle Seville Sheffield Stuttgart Tampa
+Toulouse Tucson Tulsa Turin Valencia Venice Wrocław Zaragoza Ahmedabad Bangalore Bombay Brisbane Calgary Chengdu
+Chennai Delhi Fukuoka Guangzhou Guadalajara Hangzhou Hiroshima Hyderabad Jaipur Kobe Kyoto Lahore Medellín Melbourne
+Monterrey Montreal Mumbai Nagoya Osaka Ottawa Perth Sapporo Shenzhen Vancouver Wuhan Yokohama
+Antuérpia Bordeaux Colônia Florença Gênova Hamburgo Lisbon Londres Marselha Milão Munique Nápoles Sevilha Turim Veneza
+Belém Brasília Campinas Curitiba Florianópolis Fortaleza Goiânia Manaus Recife Salvador Coimbra Braga""".split())
+
+# %% ../nbs/21_claims.ipynb #26d834ed
 @cache
 def _places(language):
-    "Countries and cities in a language"
+    "Countries, states and cities in a language"
     from babel import Locale
     from babel.core import get_global
     locale = Locale(language)
     zones = {zone.rpartition("/")[2].replace("_", " ") for zone in get_global("zone_territories")}
     cities = {zone["city"] for zone in locale.time_zones.values() if "city" in zone}
-    return {*zones, *cities, *locale.territories.values()}
+    states = {state.replace("_", " ") for state in _STATES.get(language, "").split()}
+    return {*zones, *cities, *_CITIES, *states, *locale.territories.values()}
 
 def _single_words(names):
     "The names of one word, in lower case"
@@ -434,11 +595,13 @@ def _never_names(language):
 
 # %% ../nbs/21_claims.ipynb #a9dcccf4
 _CAMEL = re.compile(r"[^\W\d_]*[a-zß-ÿ][A-Z][^\W\d_]*")
+_PREFIXED_ACRONYM = re.compile(rf"(?i:e|{_PREFIX})[A-Z]{{2,4}}s?")
 _PROMPT_ECHO = re.compile("describ|product") # models repeat the prompt and distort it
 _VOWEL = re.compile("[aeiouáéíóúãõäöü]", re.I)
 
 def _listed_as_name(word, language):
     "The lower score of the text's language and of English, whose words all catalogues use"
+    if _is_misspelled(word, language) or _is_misspelled(word, "en"): return -5.0
     return min(name_score(word, language), name_score(word, "en"))
 
 def _is_name_in_capitals(word, language):
@@ -454,9 +617,11 @@ def _is_name(word, inside, title_case, language):
     lower, length = word.lower(), len(word)
     if lower in _never_names(language) or _PROMPT_ECHO.match(lower) or word[:2] in ("I'", "I’"):
         return False
-    if _CAMEL.fullmatch(word): return length > 3
+    if _CAMEL.fullmatch(word): return length > 3 and not _PREFIXED_ACRONYM.fullmatch(word)
     if not word[0].isupper(): return False
     if word.rstrip("s").isupper(): return _is_name_in_capitals(word, language)
+    if title_case and lower in _ORGANISATIONS: return True
+    if title_case and _is_title_case_word(lower): return False
     if lower in _one_word_places(language): return True
     if inside and not title_case and length > 2:
         return zipf(lower, language) < (5.5 if length > 3 else 4.7)
