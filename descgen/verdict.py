@@ -222,18 +222,14 @@ def _describe_sources(part):
     return f"{lead}: the base model has {' and '.join(line for _, line in found.values())}."
 
 # %% ../nbs/63_verdict.ipynb #7afd804a
-_CLAIMS = "A claim is a figure, number, model or name. It is false if it is in neither the title nor the catalogue's " \
-    "description, and unsupported if it is in neither the title nor a source."
-
 def collect_notes(
     evaluation:Evaluation,
-)->list[str]: # one or two sentences each
-    "Whether sources helped, what a claim is, and which rows do not count"
+)->list[str]: # one sentence each
+    "Whether sources helped, and which rows do not count"
     notes, part = [], without_leaks(evaluation)
     leaked, left_out = evaluation.leaked, evaluation.left_out
     if part and part["rows"] >= MIN_TEST_ROWS:
         if _describe_sources(part): notes.append(_describe_sources(part))
-        if measures_claims(part): notes.append(_CLAIMS)
         if leaked: notes.append(
             f"{leaked:,} more test rows have a near-duplicate among the training rows and do not count here.")
     if evaluation.file: notes.append(_describe_file(evaluation.file))
@@ -242,9 +238,14 @@ def collect_notes(
     return notes
 
 # %% ../nbs/63_verdict.ipynb #199be03a
+_CLAIMS = "A claim is a figure, number, model or name. It is false if it is in neither the title nor the catalogue's " \
+    "description, and unsupported if it is in neither the title nor a source."
+
 def verdict(
     evaluation:Evaluation,
 )->str: # `summary`, an empty line, and one line per note and comparison
     "The result of an evaluation as text"
-    lines = collect_notes(evaluation) + comparisons(evaluation)
+    numbers = comparisons(evaluation)
+    meaning = [_CLAIMS] if numbers and measures_claims(without_leaks(evaluation)) else []
+    lines = collect_notes(evaluation) + meaning + numbers
     return "\n".join([summary(evaluation), "", *(f"- {line}" for line in lines)]).strip()
