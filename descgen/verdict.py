@@ -87,17 +87,24 @@ def _claims_of(part):
 
 def _value(part, name, metric): return part["values"].get(name, {}).get(metric, {}).get("value")
 
+# %% ../nbs/63_verdict.ipynb #00e2b083
+def _compare_share(metric, part):
+    "The outcomes of a share of claims against those of the other systems; \"\" without others"
+    shares = {other: _value(part, other, metric) for other in _RIVALS[metric]}
+    rivals = {other: f"{_RIVALS[metric][other]} {_percent(share)}" for other, share in shares.items() if share is not None}
+    groups = _group_rivals(rivals, part | {"differences": _claims_of(part)[1]}, metric)
+    groups.pop("unknown", None)
+    return ", ".join(f"{_SHARES[result]} {' and '.join(names)}" for result, names in groups.items())
+
 def _describe_share(metric, part):
     "A share of claims beside those of the other systems; None if there are no such claims"
-    name, differences = _claims_of(part)
+    name, _ = _claims_of(part)
     share = _value(part, name, metric)
     if share is None: return None
     texts = "verified" if name == VERIFIED else "fine-tuned"
-    rivals = {other: f"{label} {_percent(_value(part, other, metric))}" for other, label in _RIVALS[metric].items()
-              if _value(part, other, metric) is not None}
-    groups = _group_rivals(rivals, part | {"differences": differences}, metric)
-    against = ", ".join(f"{_SHARES[result]} {' and '.join(names)}" for result, names in groups.items() if result in _SHARES)
-    return f"{_percent(share)} of the {texts} texts' claims are {_KINDS[metric]}" + (f": {against}." if against else ".")
+    against = _compare_share(metric, part)
+    sentence = f"{_percent(share)} of the {texts} texts' claims are {_KINDS[metric]}"
+    return f"{sentence}: {against}." if against else f"{sentence}."
 
 # %% ../nbs/63_verdict.ipynb #c5445c25
 def measures_claims(part):
