@@ -1,6 +1,6 @@
-"""The data stage: from a file of two million rows to the split, and to the first training step.
+"""The data stage: from a file of two million rows to the split, to the index of sources and to the first training step.
 
-    python -m bench data                            # about forty minutes on two cores; interrupted, it resumes
+    python -m bench data                            # about an hour on two cores; interrupted, it resumes
     python -m bench data --rows 20000 --rounds 1    # a short look
     python -m bench data --child limit PATH CACHE   # one measurement
 
@@ -15,6 +15,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from unittest.mock import patch
@@ -29,6 +30,9 @@ RECIPE = dict(min_chars=20, max_chars=20_000) # of all ways
 BAD_LINES = 1000
 NOT_COUNTED = ("load_model", "completion_loss") # cells that load the model or judge the base model
 PAIRS = 4 # of limit and descgen, with nothing else running
+GROUNDED = {"sources": 2, "targets": "supported"} # of a start with sources
+SOURCE_CHARS = 400 # the notebook's default
+TITLES = 1000 # of each kind, to find sources of
 
 def add_options(parser):
     parser.add_argument("--rows", type=int, default=ROWS)
@@ -109,20 +113,53 @@ def chat_text(tokenizer, title, content):
                 {"role": "assistant", "content": content}]
     return tokenizer.apply_chat_template(messages, tokenize=False)
 
-def descgen_start(path, cache):
+def descgen_start(path, cache, **parameters):
     "The main notebook with its defaults and a tiny model, cell by cell, until the first step"
     import matplotlib.pyplot, pandas, py3langid.langid, trl, unsloth # before the clock starts
     from descgen.manifest import read_manifest
     from descgen.model import tiny_model
     os.environ["XDG_CACHE_HOME"] = cache # of prepared data
     work = tempfile.mkdtemp()
-    given = {"data_path": str(path), "model_id": tiny_model(work), "output_dir": f"{work}/run"}
+    given = parameters | {"data_path": str(path), "model_id": tiny_model(work), "output_dir": f"{work}/run"}
     try:
         took = execute_until_first_step(cells_to_first_step(), given)
         rows = read_manifest(given["output_dir"]).plan["rows"]
     finally:
         shutil.rmtree(work)
     return {"seconds": sum(took.values()), "cells": took, "rows": rows}
+
+def sources_start(path, cache):
+    "The same with two sources in each prompt and supported targets"
+    return descgen_start(path, cache, **GROUNDED)
+
+def sources_index(path, cache):
+    "The index of sources: its building, its size, and how fast it finds sources"
+    from datasets import disable_progress_bars
+    from descgen.dataset import DataSettings, load_data
+    from descgen.sources import Sources, title_counts, write_sources
+    disable_progress_bars()
+    data = load_data(path, DataSettings(near_up_to=0, **RECIPE), cache)
+    title_counts(["a title"]) # imports, before the clock starts
+    start = time.perf_counter()
+    folder = write_sources(data.train, Path(cache)/f"sources-{uuid.uuid4().hex}", SOURCE_CHARS)
+    built = {"seconds": time.perf_counter() - start, "rows": len(data.train), "build_gb": peak_memory_gb(),
+             "disk_gb": sum(f.stat().st_size for f in folder.iterdir())/1e9}
+    return built | query_rates(Sources(folder), data)
+
+def query_rates(index, data):
+    "Titles per second, one at a time, and training rows per second, all at once and without near-duplicates"
+    from descgen.sources import training_sources
+    titles = data.test.select(range(min(TITLES, len(data.test))))["title"][:]
+    numbers = list(range(min(TITLES, len(data.train))))
+    index.nearest(titles[:1], GROUNDED["sources"]) # opens the files
+    start = time.perf_counter()
+    for title in titles:
+        index.nearest([title], GROUNDED["sources"])
+    one_by_one = time.perf_counter() - start
+    start = time.perf_counter()
+    training_sources(index, numbers, GROUNDED["sources"])
+    at_once = time.perf_counter() - start
+    return {"titles_per_second": len(titles)/one_by_one, "training_rows_per_second": len(numbers)/at_once}
 
 def calls(source, name):
     "Whether a cell calls a function or a method of this name"
@@ -190,7 +227,9 @@ def bad_lines(path, cache):
     return {"seconds": spent, "rows": len(data.train) + len(data.test),
             "right": found == at, "found": len(found)}
 
-WAYS = {f.__name__: f for f in (limit, usual, descgen, near, usual_start, descgen_start, bad_lines)}
+WAYS = {f.__name__: f for f in (limit, usual, descgen, near, usual_start, descgen_start,
+                                sources_start, sources_index, bad_lines)}
+TWICE = ("descgen", "descgen_start", "sources_start", "sources_index") # the second time in the same cache
 
 # Rounds of them
 
@@ -203,7 +242,7 @@ def measure_again(name, path):
     cache = tempfile.mkdtemp(dir=path.parent)
     try:
         first = measure(name, path, cache)
-        again = measure(name, path, cache) if name in ("descgen", "descgen_start") else None
+        again = measure(name, path, cache) if name in TWICE else None
     finally:
         shutil.rmtree(cache)
     return {"first": first, "again": again}
@@ -223,7 +262,8 @@ def parts(args, path):
         "rounds": lambda: rounds_of(path, ["limit", "descgen", "usual"], args.rounds),
         "growth": lambda: {str(n): of_size(n) for n in sizes},
         "pairs": lambda: rounds_of(path, ["limit", "descgen"], PAIRS),
-        "start": lambda: rounds_of(path, ["descgen_start"], args.rounds),
+        "start": lambda: rounds_of(path, ["descgen_start", "sources_start"], args.rounds),
+        "sources": lambda: rounds_of(path, ["sources_index"], args.rounds),
         "usual_start": lambda: rounds_of(path, ["usual_start"])[0],
         "bad_lines": lambda: rounds_of(path, ["bad_lines"])[0]}
 
@@ -270,6 +310,16 @@ def summarize_pairs(pairs):
     middle = {name: statistics.median(t[name] for t in took) for name in ("limit", "descgen")}
     return {"each": took, "median": middle | {"ratio": statistics.median(ratios)}}
 
+def summarize_sources(found):
+    "The start with sources, and their index; memory is that of the second time, when the rows are prepared"
+    start, index = found["start"], found["sources"]
+    def middle(key, which="first"):
+        return statistics.median(r["sources_index"][which][key] for r in index)
+    names = ("seconds", "disk_gb", "rows", "titles_per_second", "training_rows_per_second")
+    return {name: middle(name) for name in names} | {
+        "build_gb": max(r["sources_index"]["again"]["build_gb"] for r in index),
+        "start": {"first": median(start, "sources_start"), "again": median(start, "sources_start", "again")}}
+
 def summarize(found, rows):
     "The figures of the tables"
     rounds, start = found["rounds"], found["start"]
@@ -285,6 +335,7 @@ def summarize(found, rows):
         "start": {"usual": found["usual_start"]["usual_start"]["first"]["seconds"],
                   "descgen": median(start, "descgen_start"),
                   "again": median(start, "descgen_start", "again")},
+        "sources": summarize_sources(found),
         "bad_lines": found["bad_lines"]["bad_lines"]["first"],
         "pairs": summarize_pairs(found["pairs"]),
         "growth": [summarize_growth(n, r) for n, r in found["growth"].items()],
@@ -306,8 +357,22 @@ def main_table(s):
         ["start to first step, first run", f"{start['usual']:.0f} s",
          f"{start['descgen']:.1f} s", "", ""],
         ["start to first step, second run", "", f"{start['again']:.1f} s", "", ""],
+        *sources_rows(s.get("sources")),
         ["a thousand bad lines", "",
          f"{bad['seconds']:.1f} s, {bad['found']:,} rejected, {right}", "", ""]])
+
+def sources_rows(s):
+    "Lines of the main table on sources; none for a result without them"
+    if not s:
+        return []
+    cells = {"start to first step with two sources, first run": f"{s['start']['first']:.1f} s",
+             "start to first step with two sources, second run": f"{s['start']['again']:.1f} s",
+             f"index of {s['rows']:,} sources": f"{s['seconds']:.1f} s",
+             "peak memory while it is built": f"{s['build_gb']:.2f} GB",
+             "its size on disk": f"{s['disk_gb']:.2f} GB",
+             "sources of titles, one title at a time": f"{s['titles_per_second']:,.0f} per second",
+             "sources of training rows, a thousand at a time": f"{s['training_rows_per_second']:,.0f} per second"}
+    return [[label, "", cell, "", ""] for label, cell in cells.items()]
 
 def growth_table(s):
     "The ways at three sizes"

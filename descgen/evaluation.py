@@ -154,7 +154,7 @@ def _differences(columns, pairs, draws):
 def score_systems(
     columns:dict, # sums by system and metric, from `metric_sums` and `loss_sums`
     seed:int=42, # of the bootstrap
-)->dict: # `rows`, `values` by system and metric, `differences` and `verified`: that system minus each other one
+)->dict: # `rows`, `values` by system and metric, `differences`, and if they are measured `sources` and `verified`
     "Values and differences of all systems, with 95 % confidence intervals"
     draws = bootstrap_resamples(len(next(iter(columns[TUNED].values()))), seed=seed)
     values = {}
@@ -162,6 +162,8 @@ def score_systems(
         values[name] = {m: _value_with_interval(np.asarray(sums), draws) for m, sums in metrics.items()}
     tuned = {name: SYSTEMS[name].tuned for name in columns if name != TUNED} # sampled or greedy
     scores = {"rows": draws.shape[1], "values": values, "differences": _differences(columns, tuned, draws)}
+    if BASE_SOURCES in columns: # the base model with sources minus the base model, by metric
+        scores["sources"] = _differences(columns, {BASE: BASE_SOURCES}, draws)[BASE]
     if VERIFIED not in columns: return scores
     verified = {name: VERIFIED for name in columns if name != VERIFIED}
     return scores | {"verified": _differences(columns, verified, draws)}

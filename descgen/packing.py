@@ -73,23 +73,24 @@ class _PackBlocks:
 
     def __post_init__(self):
         self.tokenizer = copy.deepcopy(self.tokenizer) # used in another thread than the training
-        self.n_blocks, self.rejected = -(-len(self.rows)//self.block_rows), {}
+        self.n_blocks = -(-len(self.rows)//self.block_rows)
+        self.rejected, self.left_out = {}, {} # by block read: rejected rows; sentences that are not learnt
         self.block = lru_cache(4)(self._make_block)
 
     def _block_of_rows(self, number):
-        "The rows of one block, grounded, and those that are rejected"
+        "The rows of one block, grounded, the sentences removed from each, and the rejected rows"
         numbers = range(number*self.block_rows, min((number + 1)*self.block_rows, len(self.rows)))
         rows = self.rows.select(numbers).to_list()
-        if not self.grounding: return rows, []
-        rows, _, rejected = self.grounding.training_rows(rows, numbers)
-        return rows, rejected
+        if not self.grounding: return rows, [], []
+        return self.grounding.training_rows(rows, numbers)
 
     def _make_block(self, number):
         "The packs of one block of rows, not shuffled"
-        rows, rejected = self._block_of_rows(number)
+        rows, removed, rejected = self._block_of_rows(number)
         examples, too_long = encode_rows(
             rows, self.tokenizer, self.parts, self.max_length, self.loss_on)
         self.rejected[number] = rejected + too_long
+        self.left_out[number] = sum(map(len, removed))
         return pack_examples(examples, self.max_length, self.packing) if examples else []
 
 # %% ../nbs/23_packing.ipynb #f4d6efc8

@@ -63,7 +63,7 @@ def _draw_panel(ax, metric, part, names):
 def _add_legend(fig, rows):
     "Explain colours and markers"
     from matplotlib.lines import Line2D
-    neither = "cannot be told apart" if rows >= MIN_TEST_ROWS else "too few test rows to judge"
+    neither = "inconclusive" if rows >= MIN_TEST_ROWS else "too few test rows to judge"
     labels = {"better": "better", "worse": "worse", "inconclusive": neither}
     handles = [Line2D([], [], color=c, marker=m, lw=2, label=labels[result]) for result, (c, m) in _STYLES.items()]
     fig.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
@@ -260,7 +260,7 @@ def _to_svg(figure):
     return svg[svg.index("<svg"):].replace("<svg ", f'<svg class="{kind}" ', 1)
 
 # %% ../nbs/64_report.ipynb #f50ac780
-_ABOUT_CHANCE = "“Cannot be told apart”: the 95 % confidence interval of the difference includes zero, " \
+_ABOUT_CHANCE = "“Inconclusive”: the 95 % confidence interval of the difference includes zero, " \
     "so it may be chance."
 
 def write_page(

@@ -52,12 +52,7 @@ def without_leaks(
     return evaluation.scores.get("clean", every | {"rows": every["rows"] - evaluation.leaked})
 
 # %% ../nbs/63_verdict.ipynb #6b9cff01
-_SKILLS = {"loss": "at predicting the catalogue's descriptions (test loss)",
-           "chrF": "at writing texts close to them (chrF)"}
-_JUDGEMENTS = {"better": "is better than", "worse": "is worse than",
-               "inconclusive": "cannot be told apart from", "unknown": "could not be compared with"}
-
-_WORDS = {"better": "better", "worse": "worse", "other": "different", "inconclusive": "cannot be told apart"}
+_WORDS = {"better": "better", "worse": "worse", "other": "different", "inconclusive": "inconclusive"}
 
 def _judge(part, other, metric):
     "`outcome` of the fine-tuned model against another system; \"unknown\" if there is no difference to judge"
@@ -65,51 +60,25 @@ def _judge(part, other, metric):
     if not difference or difference["low"] is None: return "unknown"
     return outcome(metric, difference, part["rows"])
 
-# %% ../nbs/63_verdict.ipynb #29308e4d
-def _compare_with_base(part):
-    "Whether the fine-tuned model is better than the base model"
-    skills = {}
-    for metric, skill in _SKILLS.items():
-        skills.setdefault(_judge(part, BASE, metric), []).append(skill)
-    names = ("the base model", "it")
-    clauses = []
-    for (judgement, skill), name in zip(skills.items(), names):
-        clauses.append(f"{_JUDGEMENTS[judgement]} {name} {' and '.join(skill)}")
-    return f"On {part['rows']:,} test titles it was not trained on, the fine-tuned model {', but '.join(clauses)}."
-
-# %% ../nbs/63_verdict.ipynb #ee062c6a
-_COPY = "copying the description of the most similar training title"
-_AGAINST_COPY = {
-    "better": f"It beats {_COPY}: its texts are closer to the catalogue's (chrF).",
-    "worse": f"It does not beat {_COPY}: the copies are closer to the catalogue's texts (chrF).",
-    "inconclusive": f"It is not shown to beat {_COPY}: the two cannot be told apart (chrF).",
-    "unknown": "It was not compared with copying a training description: there was none to copy."}
-_SAME = "the base model with the same sources"
-_AGAINST_BOTH = { # beats copying, beats the base model with sources
-    (True, True): f"It beats {_COPY}, and {_SAME} (chrF).",
-    (True, False): f"It beats {_COPY}, but is not shown to beat {_SAME} (chrF).",
-    (False, True): f"It beats {_SAME}, but is not shown to beat {_COPY} (chrF).",
-    (False, False): f"Sources did not help: it is shown to beat neither {_COPY} nor {_SAME} (chrF)."}
-
-def _compare_with_copy(part):
-    "Whether the fine-tuned model is better than copying, and than the base model with the same sources"
-    copy, same = (_judge(part, other, "chrF") for other in (NEAREST, BASE_SOURCES))
-    if "unknown" in (copy, same): return _AGAINST_COPY[copy]
-    return _AGAINST_BOTH[copy == "better", same == "better"]
+def _group_rivals(rivals, part, metric):
+    "The rivals' names by `_judge`"
+    groups = {}
+    for other, name in rivals.items():
+        groups.setdefault(_judge(part, other, metric), []).append(name)
+    return groups
 
 # %% ../nbs/63_verdict.ipynb #1c9fcd61
 def _percent(share):
     "A percentage without decimals; 0 % and 100 % are exact"
-    if 0 < share < 1: return "under 1 %"
-    if 99 < share < 100: return "over 99 %"
+    if 0 < share < 1: return "<1 %"
+    if 99 < share < 100: return ">99 %"
     return f"{share:.0f} %"
 
 # %% ../nbs/63_verdict.ipynb #c313c952
-_MEANINGS = {
-    "false_claims": "false (in neither the title nor the catalogue's description)",
-    "unsupported_claims": "unsupported (in neither the title nor a source)"}
-_RIVALS = {"false_claims": {BASE: "the base model", NEAREST: "copying"},
-           "unsupported_claims": {BASE: "the base model"}} # a copied description mostly stands in the sources
+_SHARES = {"better": "fewer than", "worse": "more than", "inconclusive": "inconclusive against"}
+_KINDS = {"false_claims": "false", "unsupported_claims": "unsupported"}
+_RIVALS = {"false_claims": {BASE: "the base model's", NEAREST: "the nearest description's"},
+           "unsupported_claims": {BASE: "the base model's"}} # a copied description mostly stands in the sources
 
 def _claims_of(part):
     "The system whose claims the verdict reports, and its differences from the others"
@@ -118,17 +87,24 @@ def _claims_of(part):
 
 def _value(part, name, metric): return part["values"].get(name, {}).get(metric, {}).get("value")
 
+# %% ../nbs/63_verdict.ipynb #00e2b083
 def _compare_share(metric, part):
+    "The outcomes of a share of claims against those of the other systems; \"\" without others"
+    shares = {other: _value(part, other, metric) for other in _RIVALS[metric]}
+    rivals = {other: f"{_RIVALS[metric][other]} {_percent(share)}" for other, share in shares.items() if share is not None}
+    groups = _group_rivals(rivals, part | {"differences": _claims_of(part)[1]}, metric)
+    groups.pop("unknown", None)
+    return ", ".join(f"{_SHARES[result]} {' and '.join(names)}" for result, names in groups.items())
+
+def _describe_share(metric, part):
     "A share of claims beside those of the other systems; None if there are no such claims"
-    name, differences = _claims_of(part)
-    share, others = _value(part, name, metric), []
+    name, _ = _claims_of(part)
+    share = _value(part, name, metric)
     if share is None: return None
-    for other, label in _RIVALS[metric].items():
-        result = _judge(part | {"differences": differences}, other, metric)
-        if result == "unknown": continue
-        others.append(f"{_percent(_value(part, other, metric))} for {label} ({_WORDS[result]})")
-    against = f", against {' and '.join(others)}" if others else ""
-    return f"{_percent(share)} are {_MEANINGS[metric]}{against}"
+    texts = "verified" if name == VERIFIED else "fine-tuned"
+    against = _compare_share(metric, part)
+    sentence = f"{_percent(share)} of the {texts} texts' claims are {_KINDS[metric]}"
+    return f"{sentence}: {against}." if against else f"{sentence}."
 
 # %% ../nbs/63_verdict.ipynb #c5445c25
 def measures_claims(part):
@@ -136,13 +112,23 @@ def measures_claims(part):
     return any(metric in values for values in part["values"].values() for metric in CLAIM_METRICS)
 
 def _describe_claims(part):
-    "The shares of false and unsupported claims"
-    if not measures_claims(part): return "Claims were not measured: the catalogue's language is not covered."
-    whose = "its verified texts" if _claims_of(part)[0] == VERIFIED else "its texts"
-    shares = [_compare_share(metric, part) for metric in _MEANINGS]
-    stated = [share for share in shares if share]
-    if not stated: return f"There are no claims to check: {whose} state no figures, numbers, models or names."
-    return f"Of the claims in {whose}, {'; '.join(stated)}."
+    "Sentences on false and unsupported claims, in lower case"
+    if not measures_claims(part): return ["claims were not measured: the catalogue's language is not covered."]
+    stated = [share for share in (_describe_share(metric, part) for metric in _KINDS) if share]
+    return stated or ["there are no claims to check: the texts state no figures, numbers, models or names."]
+
+# %% ../nbs/63_verdict.ipynb #aa4f4eb8
+_CLOSENESS = {"better": "beat", "worse": "lose to", "inconclusive": "are inconclusive against",
+              "unknown": "could not be compared with"}
+
+def _compare_texts(part):
+    "Whether the fine-tuned texts are closer to the catalogue's than other texts, in lower case"
+    rivals = {BASE: "the base model", NEAREST: "the nearest description"}
+    if _judge(part, BASE_SOURCES, "chrF") != "unknown":
+        rivals = {BASE_SOURCES: "the base model with the same sources", NEAREST: rivals[NEAREST]}
+    groups = _group_rivals(rivals, part, "chrF")
+    clauses = [f"{_CLOSENESS[result]} {' and '.join(names)}" for result, names in groups.items()]
+    return f"in closeness to the catalogue (chrF), fine-tuned texts {', but '.join(clauses)}."
 
 # %% ../nbs/63_verdict.ipynb #e51d0128
 def _suggest_more_rows(file):
@@ -163,12 +149,14 @@ _NO_ROWS = "No test rows, so nothing was measured: a test set needs more than 20
 # %% ../nbs/63_verdict.ipynb #401be168
 def summary(
     evaluation:Evaluation,
-)->str: # three sentences; one if there are too few test rows
+)->str: # three short sentences; two if claims were not measured, one if there are too few test rows
     "Summarise an evaluation for readers who do not know the metrics"
     part = without_leaks(evaluation)
     if part is None: return _NO_ROWS
     if part["rows"] < MIN_TEST_ROWS: return _explain_too_few(evaluation, part["rows"])
-    return " ".join([_compare_with_base(part), _compare_with_copy(part), _describe_claims(part)])
+    first, *others = [*_describe_claims(part), _compare_texts(part)]
+    others = [sentence[0].upper() + sentence[1:] for sentence in others]
+    return " ".join([f"On {part['rows']:,} test titles, {first}", *others])
 
 # %% ../nbs/63_verdict.ipynb #200a734d
 def _format_comparison(metric, part, own, other, d):
@@ -221,24 +209,50 @@ def _describe_file(file):
     return f"{file['name']}: {rows} rows, {usable} of them usable; {known} skipped because their title or content " \
         f"occurs in the rows that the model was trained on; {scored} of the other {others} scored."
 
+# %% ../nbs/63_verdict.ipynb #acbb5525
+def _sources_line(metric, part):
+    "A metric of the base model with and without sources, and the outcome; None if it was not measured"
+    difference = part.get("sources", {}).get(metric)
+    if not difference or difference["low"] is None: return None
+    result = outcome(metric, difference, part["rows"])
+    given, without = (format_number(_value(part, name, metric)) for name in (BASE_SOURCES, BASE))
+    return result, f"{label_of(metric)} {given} with them, {without} without ({_WORDS[result]})"
+
+def _describe_sources(part):
+    "Whether sources helped the base model; None if that was not measured"
+    found = {metric: _sources_line(metric, part) for metric in ("loss", "chrF")}
+    found = {metric: line for metric, line in found.items() if line}
+    if not found: return None
+    helped = [label_of(metric) for metric, (result, _) in found.items() if result == "better"]
+    lead = "The sources helped" if helped else "The sources did not help"
+    if 0 < len(helped) < len(found): lead += f" only in {helped[0]}"
+    return f"{lead}: the base model has {' and '.join(line for _, line in found.values())}."
+
 # %% ../nbs/63_verdict.ipynb #7afd804a
 def collect_notes(
     evaluation:Evaluation,
 )->list[str]: # one sentence each
-    "Rows that do not count, and why"
+    "Whether sources helped, and which rows do not count"
     notes, part = [], without_leaks(evaluation)
     leaked, left_out = evaluation.leaked, evaluation.left_out
+    if part and part["rows"] >= MIN_TEST_ROWS:
+        if _describe_sources(part): notes.append(_describe_sources(part))
+        if leaked: notes.append(
+            f"{leaked:,} more test rows have a near-duplicate among the training rows and do not count here.")
     if evaluation.file: notes.append(_describe_file(evaluation.file))
-    if leaked and part and part["rows"] >= MIN_TEST_ROWS:
-        notes.append(f"{leaked:,} more test rows have a near-duplicate among the training rows and do not count here.")
     if left_out:
         notes.append(f"{left_out:,} test rows were left out: they have no description, or are too long for the model.")
     return notes
 
 # %% ../nbs/63_verdict.ipynb #199be03a
+_CLAIMS = "A claim is a figure, number, model or name. It is false if it is in neither the title nor the catalogue's " \
+    "description, and unsupported if it is in neither the title nor a source."
+
 def verdict(
     evaluation:Evaluation,
 )->str: # `summary`, an empty line, and one line per note and comparison
     "The result of an evaluation as text"
-    lines = collect_notes(evaluation) + comparisons(evaluation)
+    numbers = comparisons(evaluation)
+    meaning = [_CLAIMS] if numbers and measures_claims(without_leaks(evaluation)) else []
+    lines = collect_notes(evaluation) + meaning + numbers
     return "\n".join([summary(evaluation), "", *(f"- {line}" for line in lines)]).strip()

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from bench.__main__ import SUBJECTS, list_subjects, load_subject, make_parser
-from bench.data import NOT_COUNTED, FirstStepReached, calls, cells_to_first_step, stop_first_step
+from bench.data import (NOT_COUNTED, FirstStepReached, calls, cells_to_first_step, sources_index,
+    sources_rows, stop_first_step, summarize_sources)
 from bench.measure import RESULTS, interleaved, medians, read_result, save_result
 from bench.tables import README, all_tables, render
 from conftest import ROOT
@@ -108,3 +109,20 @@ def test_a_result_tells_how_it_was_measured(tmp_path):
     assert ("python" in record["versions"]
             and record["command"].startswith("python -m bench") and record["date"])
     assert read_result(tmp_path, "other") is None
+
+def test_sources_stand_in_the_main_table_if_they_were_measured():
+    index = {"seconds": 2.0, "disk_gb": .5, "rows": 1000, "build_gb": 1.0,
+             "titles_per_second": 400.0, "training_rows_per_second": 900.0}
+    took = {"first": {"seconds": 4.0}, "again": {"seconds": 3.0}}
+    found = {"start": [{"sources_start": took}],
+             "sources": [{"sources_index": {"first": index, "again": index | {"build_gb": .7}}}]}
+    cells = {row[0]: row[2] for row in sources_rows(summarize_sources(found))}
+    assert cells["start to first step with two sources, second run"] == "3.0 s"
+    assert cells["peak memory while it is built"] == "0.70 GB" # of the second run, whose rows are prepared
+    assert cells["sources of titles, one title at a time"] == "400 per second"
+    assert sources_rows(None) == [] # a result from before
+
+def test_index_of_sources_is_measured(tmp_path):
+    found = sources_index(ROOT/"data"/"sample.jsonl", tmp_path)
+    assert found["rows"] > 500 and min(found.values()) > 0
+    assert len([*tmp_path.glob("sources-*")]) == 1
