@@ -174,8 +174,10 @@ def _replace_folder(new, final):
 def _write_settings(folder, dtype, grounding):
     "Write what `load_adapter` needs, and copy the index of sources"
     settings = {"dtype": dtype} if dtype else {}
+    if grounding:
+        settings["language"] = grounding.language
     if grounding and grounding.sources:
-        settings["sources"] = grounding.n_sources
+        settings |= {"sources": grounding.n_sources, "sources_hash": grounding.sources.hash}
         shutil.copytree(grounding.sources.folder, folder/"sources")
     if settings: write_text(folder/"descgen.json", json.dumps(settings) + "\n")
 

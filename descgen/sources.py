@@ -11,7 +11,7 @@ import json, shutil, uuid
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import numpy as np, polars as pl
+import numpy as np, polars as pl, xxhash
 from .splitting import SHINGLE_WIDTH, jaccard_similarity, shingles
 
 # %% ../nbs/15_sources.ipynb #8d94074f
@@ -93,6 +93,14 @@ def _write_texts(rows, folder, chars):
     pl.concat(parts).write_ipc(folder/"rows.arrow", compat_level=pl.CompatLevel.oldest())
     return sp.vstack(counts, format="csr")
 
+def _hash_texts(folder):
+    "Hash of the file with uids, titles and contents: it says which rows an index is of"
+    hasher = xxhash.xxh3_128()
+    with open(folder/"rows.arrow", "rb") as file:
+        while block := file.read(2**24):
+            hasher.update(block)
+    return hasher.hexdigest()
+
 # %% ../nbs/15_sources.ipynb #6fcbfa2a
 def write_sources(
     rows, # a `datasets.Dataset` of the training rows: `uid`, `title`, `content`
@@ -106,7 +114,7 @@ def write_sources(
     unfinished.mkdir(parents=True)
     try:
         _write_index(_write_texts(rows, unfinished, chars), unfinished)
-        about = {"format": _FORMAT, "rows": len(rows), "chars": chars}
+        about = {"format": _FORMAT, "rows": len(rows), "chars": chars, "hash": _hash_texts(unfinished)}
         (unfinished/"about.json").write_text(json.dumps(about), encoding="utf-8")
         if not folder.is_dir(): unfinished.rename(folder)
     finally:
@@ -136,7 +144,7 @@ def _read_about(folder):
     "What a folder says of itself; ValueError if it is no index, FileNotFoundError if there is none"
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. An adapter that was trained with sources needs the index "
-                                "that was saved beside it. Copy it there, or call `describe` without sources.")
+                                "that was saved beside it. Copy it there.")
     try:
         about = json.loads((folder/"about.json").read_text(encoding="utf-8"))
         known = about["format"] == _FORMAT
@@ -154,6 +162,11 @@ class Sources:
         self.folder = Path(folder)
         self.about = _read_about(self.folder)
         self.ends, self.frequency = (np.load(self.folder/f"{name}.npy") for name in ("ends", "frequency"))
+
+    @cached_property
+    def hash(self):
+        "Which rows the index is of; computed for an index that was made before hashes were stored"
+        return self.about.get("hash") or _hash_texts(self.folder)
 
     @cached_property
     def rows(self):
