@@ -25,7 +25,7 @@ def _catalogue_checks(settings, index):
     language = settings.get("language", detect_language(contents[:200]) if contents else "en")
     return Checks(language=language if language in LANGUAGES else None, common=frozenset(common_words(contents)))
 
-# %% ../nbs/52_describer.ipynb #e8298824
+# %% ../nbs/52_describer.ipynb #5038f828
 def _whole_text(tokenizer, new, title, sources, checks):
     "A completion as it was written, with its claims"
     text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
@@ -33,12 +33,21 @@ def _whole_text(tokenizer, new, title, sources, checks):
         text, locate_claims(text, title, sources, checks), n_tokens=len(new), sources=tuple(sources),
         finish_reason=finish_reason(tokenizer, new))
 
-def _refuse_single_text(titles):
-    "TypeError if one text is given in place of a list: each of its characters would be a title"
-    if isinstance(titles, str):
-        raise TypeError(f"titles is a list of texts. For one title give [{titles[:40]!r}].")
+def _check_titles(titles):
+    "A list of texts; TypeError if it is none, ValueError if a text cannot be encoded"
+    if isinstance(titles, (str, bytes)): # each of its characters would be a title
+        raise TypeError(f"titles must be a list of texts. For one title give [{titles[:40]!r}].")
+    titles = list(titles)
+    for i, title in enumerate(titles):
+        if not isinstance(title, str):
+            raise TypeError(f"titles[{i}] must be a text. Given: {title!r}.")
+        try:
+            title.encode()
+        except UnicodeEncodeError as e:
+            raise ValueError(f"titles[{i}] holds half of a character at position {e.start}: {title!r}.") from None
+    return titles
 
-# %% ../nbs/52_describer.ipynb #02575f20
+# %% ../nbs/52_describer.ipynb #bd0c5f33
 class Describer:
     "One loaded adapter with everything that writing needs"
     def __init__(self,
@@ -66,7 +75,7 @@ class Describer:
         titles:list[str], # any texts
     )->list[list[dict]]: # for each title `uid`, `title` and `content` of its sources, the most similar first
         "The sources of titles; empty lists without sources, or if no title of the index shares a word"
-        _refuse_single_text(titles)
+        titles = _check_titles(titles)
         if not self.n_sources: return [[] for _ in titles]
         return source_rows(self.index, self.index.nearest(titles, self.n_sources))
 
@@ -83,6 +92,7 @@ class Describer:
         progress:bool=True, # show a progress bar
     )->list[Verified]: # one per title
         "Describe titles"
+        titles = _check_titles(titles)
         sources, checks = self.sources_of(titles), replace(self.checks, strict=strict)
         model, tokenizer, parts = self.model, self.tokenizer, self.parts
         if self._verifies(verify):
