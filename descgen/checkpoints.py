@@ -155,9 +155,9 @@ def _model_card(model_id):
         "# Product descriptions from titles", "",
         f"A LoRA adapter for {base}, trained with descgen {__version__} to "
         f"answer `{INSTRUCTION}` and a title with the product's description.", "",
-        "```python", "from descgen.inference import load_adapter, describe",
-        "model, tokenizer = load_adapter('this folder')",
-        "print(describe(model, tokenizer, ['Girls Ballet Tutu Neon Pink'])[0])", "```", ""]
+        "```python", "from descgen.describer import Describer",
+        "describer = Describer('this folder')",
+        "print(describer.describe(['Girls Ballet Tutu Neon Pink'])[0])", "```", ""]
     return "\n".join(lines)
 
 # %% ../nbs/43_checkpoints.ipynb #72a3c956
