@@ -155,9 +155,9 @@ def _model_card(model_id):
         "# Product descriptions from titles", "",
         f"A LoRA adapter for {base}, trained with descgen {__version__} to "
         f"answer `{INSTRUCTION}` and a title with the product's description.", "",
-        "```python", "from descgen.inference import load_adapter, describe",
-        "model, tokenizer = load_adapter('this folder')",
-        "print(describe(model, tokenizer, ['Girls Ballet Tutu Neon Pink'])[0])", "```", ""]
+        "```python", "from descgen.describer import Describer",
+        "describer = Describer('this folder')",
+        "print(describer.describe(['Girls Ballet Tutu Neon Pink'])[0])", "```", ""]
     return "\n".join(lines)
 
 # %% ../nbs/43_checkpoints.ipynb #72a3c956
@@ -174,8 +174,10 @@ def _replace_folder(new, final):
 def _write_settings(folder, dtype, grounding):
     "Write what `load_adapter` needs, and copy the index of sources"
     settings = {"dtype": dtype} if dtype else {}
+    if grounding:
+        settings["language"] = grounding.language
     if grounding and grounding.sources:
-        settings["sources"] = grounding.n_sources
+        settings |= {"sources": grounding.n_sources, "sources_hash": grounding.sources.hash}
         shutil.copytree(grounding.sources.folder, folder/"sources")
     if settings: write_text(folder/"descgen.json", json.dumps(settings) + "\n")
 

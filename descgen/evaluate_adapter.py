@@ -12,10 +12,9 @@ import polars as pl
 
 from .data import inspect_file
 from .dataset import load_data
+from .describer import Describer
 from .evaluation import Evaluation, evaluate
 from .files import load_manifest
-from .formatting import template_parts
-from .inference import find_sources, load_adapter
 from .recipe import check_recipe, compute_dtype, resolve
 from .splitting import find_leaks
 
@@ -92,10 +91,10 @@ def _max_training_rows(record, more=1000):
     return record.get("plan", {}).get("examples", 10**9) + more
 
 # %% ../nbs/65_evaluate_adapter.ipynb #31657f25
-def _with_sources(rows, folder):
+def _with_sources(rows, describer):
     "Test rows with the sources of an adapter's prompts; the same rows if it was trained without"
-    found = find_sources(folder, [row["title"] for row in rows])
-    if found is None: return rows
+    if not describer.n_sources: return rows
+    found = describer.sources_of([row["title"] for row in rows])
     return [{**row, "sources": own} for row, own in zip(rows, found)]
 
 # %% ../nbs/65_evaluate_adapter.ipynb #d127a187
@@ -115,10 +114,10 @@ def evaluate_adapter(
     named = {"title_field": title_field, "content_field": content_field, "encoding": encoding}
     test, train, file = _select_rows(recipe, _max_training_rows(record), data, named)
     test = test.select(range(min(rows or recipe.eval_rows, len(test))))
-    model, tokenizer = load_adapter(folder, recipe.max_seq_length, recipe.load_in_4bit, dtype=compute_dtype(recipe))
-    leaked = _find_leaked(test, train, recipe.near_threshold)
-    parts = template_parts(tokenizer)
-    test_rows = _with_sources(test.to_list(), folder)
-    evaluation = evaluate(model, tokenizer, test_rows, train.to_list(), parts, recipe, leaked=leaked)
+    describer = Describer(folder, max_seq_length=recipe.max_seq_length, load_in_4bit=recipe.load_in_4bit,
+                          dtype=compute_dtype(recipe))
+    leaked, test_rows = _find_leaked(test, train, recipe.near_threshold), _with_sources(test.to_list(), describer)
+    evaluation = evaluate(describer.model, describer.tokenizer, test_rows, train.to_list(), describer.parts, recipe,
+                          leaked=leaked)
     if file: evaluation.file = file | {"scored": len(evaluation.titles)}
     return evaluation

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from .checkpoints import check_base_model, prepare_output_dir, save_adapter
+from .claims import detect_language
 from .dataset import PreparedData
 from .evaluation import estimate_evaluation
 from .execute import output_hashes
@@ -35,6 +36,7 @@ class Run:
         self.folder = Path(self.recipe.output_dir)
         self.resume_from = None # the checkpoint to resume from
         self.grounding = None # sources of the rows
+        self._catalogue = None # sources and language, saved with the adapter
 
     def resolved(self)->dict: # names and values
         "The parameters that were resolved for this machine and file"
@@ -70,6 +72,8 @@ class Run:
     )->Grounding|None:
         "Make or open the index of sources, if the recipe uses them"
         self.grounding = prepare_grounding(data, self.recipe)
+        first_contents = data.train.select(range(min(200, len(data.train))))["content"]
+        self._catalogue = self.grounding or Grounding(language=detect_language(first_contents))
         return self.grounding
 
     def ground(self, rows:list[dict], training=False)->list[dict]:
@@ -104,7 +108,7 @@ class Run:
     def save_adapter(self, model, tokenizer)->Path: # its folder
         "Save the adapter, record its hash, and remove secrets from all files"
         adapter = save_adapter(model, tokenizer, self.folder/"adapter", self.recipe.model_id,
-                               compute_dtype(self.recipe), self.grounding)
+                               compute_dtype(self.recipe), self._catalogue)
         self.record(minutes=round(self.minutes(), 1), cleared=clear_secrets(self.folder),
                     adapter_sha256=sha256_file(adapter/"adapter_model.safetensors"))
         return adapter

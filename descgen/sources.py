@@ -11,7 +11,7 @@ import json, shutil, uuid
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import numpy as np, polars as pl
+import numpy as np, polars as pl, xxhash
 from .splitting import SHINGLE_WIDTH, jaccard_similarity, shingles
 
 # %% ../nbs/15_sources.ipynb #8d94074f
@@ -93,6 +93,15 @@ def _write_texts(rows, folder, chars):
     pl.concat(parts).write_ipc(folder/"rows.arrow", compat_level=pl.CompatLevel.oldest())
     return sp.vstack(counts, format="csr")
 
+# %% ../nbs/15_sources.ipynb #b104256a
+def _hash_texts(folder):
+    "Hash of the file with uids, titles and contents"
+    hasher = xxhash.xxh3_128()
+    with open(folder/"rows.arrow", "rb") as file:
+        while block := file.read(2**24):
+            hasher.update(block)
+    return hasher.hexdigest()
+
 # %% ../nbs/15_sources.ipynb #6fcbfa2a
 def write_sources(
     rows, # a `datasets.Dataset` of the training rows: `uid`, `title`, `content`
@@ -106,7 +115,7 @@ def write_sources(
     unfinished.mkdir(parents=True)
     try:
         _write_index(_write_texts(rows, unfinished, chars), unfinished)
-        about = {"format": _FORMAT, "rows": len(rows), "chars": chars}
+        about = {"format": _FORMAT, "rows": len(rows), "chars": chars, "hash": _hash_texts(unfinished)}
         (unfinished/"about.json").write_text(json.dumps(about), encoding="utf-8")
         if not folder.is_dir(): unfinished.rename(folder)
     finally:
@@ -132,20 +141,82 @@ def _best(scores, rows, k):
     return rows[np.lexsort((rows, -scores))][:k].tolist()
 
 # %% ../nbs/15_sources.ipynb #03e97f61
+def _damaged(folder, reason):
+    "The error for a folder that holds no complete index"
+    return ValueError(f"{folder} is not a complete index of sources: {reason}. Copy the folder again.")
+
 def _read_about(folder):
     "What a folder says of itself; ValueError if it is no index, FileNotFoundError if there is none"
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. An adapter that was trained with sources needs the index "
-                                "that was saved beside it. Copy it there, or call `describe` without sources.")
+                                "that was saved beside it. Copy it there.")
     try:
         about = json.loads((folder/"about.json").read_text(encoding="utf-8"))
         known = about["format"] == _FORMAT
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder} is not an index of sources: about.json is missing or damaged.") from None
+        raise _damaged(folder, "about.json is missing or damaged") from None
     if not known: raise ValueError(f"{folder} has format {about['format']}; this descgen reads format {_FORMAT}.")
     return about
 
+# %% ../nbs/15_sources.ipynb #cdaaa141
+def _map_texts(path):
+    "The Arrow table of a file by memory map; ValueError or OSError if it is damaged"
+    import pyarrow as pa
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate(full=True)
+    except (pa.ArrowException, OverflowError, MemoryError) as e:
+        raise ValueError(e) from None
+    is_text = [pa.types.is_large_string(kind) or pa.types.is_string(kind) for kind in table.schema.types]
+    if table.column_names != ["uid", "title", "content"] or not all(is_text):
+        columns = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
+        raise ValueError(f"it has the columns {columns}")
+    if any(column.null_count for column in table.columns): raise ValueError("a text is missing")
+    return table
+
+def _read_texts(folder, about):
+    "Texts of an index and their hash; ValueError if they are not those of `about`"
+    try:
+        texts_hash = _hash_texts(folder)
+        if about.get("hash", texts_hash) != texts_hash: raise ValueError("it was changed or is not complete")
+        texts = _map_texts(folder/"rows.arrow")
+    except (OSError, ValueError) as e:
+        raise _damaged(folder, f"rows.arrow cannot be used ({e})") from None
+    if len(texts) == about.get("rows"): return texts, texts_hash
+    raise _damaged(folder, f"rows.arrow has {len(texts):,} rows, and about.json says {about.get('rows')!r}")
+
+# %% ../nbs/15_sources.ipynb #267e7c79
+_ARRAYS = {"weights": np.float32, "rows": np.int32, "ends": np.int64, "frequency": np.int32}
+
+def _map_array(folder, name):
+    "An array of an index by memory map; ValueError if it is damaged or of another type"
+    try:
+        array = np.load(folder/f"{name}.npy", mmap_mode="r")
+    except Exception as e: # of many kinds, because the file decides how it is read
+        raise _damaged(folder, f"{name}.npy cannot be read ({e})") from None
+    if isinstance(array, np.ndarray) and array.dtype == _ARRAYS[name] and array.ndim == 1: return array
+    raise _damaged(folder, f"{name}.npy is not a list of {np.dtype(_ARRAYS[name])} numbers")
+
+def _is_between(array, low, high):
+    "Whether all numbers of an array are in a range; not a number is outside"
+    return not len(array) or bool(low <= array.min() and array.max() <= high)
+
+# %% ../nbs/15_sources.ipynb #6aae4abc
+def _read_arrays(folder, n):
+    "The arrays of an index of `n` rows; ValueError if they do not fit together"
+    weights, rows, ends, frequency = (_map_array(folder, name) for name in _ARRAYS)
+    fits = {
+        "weights": len(weights) == len(rows) and _is_between(weights, 0, 1.001),
+        "rows": _is_between(rows, 0, n - 1),
+        "ends": len(ends) == N_FEATURES + 1 and ends[0] == 0 and ends[-1] == len(rows) and (np.diff(ends) >= 0).all(),
+        "frequency": len(frequency) == N_FEATURES and _is_between(frequency, 0, n)}
+    for name, is_right in fits.items():
+        if not is_right: raise _damaged(folder, f"the numbers in {name}.npy do not fit the other files")
+    return weights, rows, ends, frequency
+
 # %% ../nbs/15_sources.ipynb #f2e30efa
+_BLOCK = 1000 # titles searched at once
+
 class Sources:
     "The rows of an index: finds those whose titles are most similar to a title"
     def __init__(self,
@@ -153,28 +224,28 @@ class Sources:
     ):
         self.folder = Path(folder)
         self.about = _read_about(self.folder)
-        self.ends, self.frequency = (np.load(self.folder/f"{name}.npy") for name in ("ends", "frequency"))
-
-    @cached_property
-    def rows(self):
-        "The texts: an Arrow table with `uid`, `title` and `content`"
-        import pyarrow as pa
-        return pa.ipc.open_file(pa.memory_map(str(self.folder/"rows.arrow"))).read_all()
+        # an Arrow table with `uid`, `title` and `content`; its hash says of which catalogue it is
+        self.rows, self.hash = _read_texts(self.folder, self.about)
+        self.weights, self.numbers, self.ends, self.frequency = _read_arrays(self.folder, len(self.rows))
 
     @cached_property
     def postings(self):
         "Sparse matrix of features and rows"
         import scipy.sparse as sp
-        weights, rows = (np.load(self.folder/f"{name}.npy", mmap_mode="r") for name in ("weights", "rows"))
-        return sp.csr_matrix((weights, rows, self.ends), shape=(N_FEATURES, self.about["rows"]), copy=False)
+        shape = N_FEATURES, len(self.rows)
+        return sp.csr_matrix((self.weights, self.numbers, self.ends), shape=shape, copy=False)
 
     def nearest(self,
         titles:list[str],
         k:int=2, # most rows per title
     )->list[list[int]]: # row numbers, the most similar first; fewer than `k` if fewer share a feature with the title
         "The rows with the most similar titles"
-        scores = _query_weights(titles, self.frequency, self.about["rows"]) @ self.postings
-        return [_best(scores.data[a:b], scores.indices[a:b], k) for a, b in zip(scores.indptr, scores.indptr[1:])]
+        found = []
+        for start in range(0, len(titles), _BLOCK):
+            scores = _query_weights(titles[start:start + _BLOCK], self.frequency, len(self.rows)) @ self.postings
+            spans = zip(scores.indptr, scores.indptr[1:])
+            found += [_best(scores.data[a:b], scores.indices[a:b], k) for a, b in spans]
+        return found
 
 # %% ../nbs/15_sources.ipynb #d87fa88b
 _MORE = 8 # candidates beyond the wanted number, of which near-duplicates are left out

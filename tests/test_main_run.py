@@ -46,10 +46,10 @@ def test_manifest_is_as_documented(run):
     assert not changed_files(run)
 
 def test_adapter_loads_and_describes(run):
-    from descgen.inference import Sampling, describe, load_adapter
-    model, tokenizer = load_adapter(run/"adapter")
-    assert describe(model, tokenizer,
-        ["Tin Whistle in D (Brass)"], None, Sampling(32, greedy=True))[0]
+    from descgen.describer import Describer
+    from descgen.inference import Sampling
+    described, = Describer(run/"adapter").describe(["Tin Whistle in D (Brass)"], Sampling(32, greedy=True))
+    assert described.text
 
 def test_report_says_what_the_evaluation_found(run, evaluation):
     page = html.unescape((run/"report.html").read_text(encoding="utf-8"))
