@@ -46,6 +46,7 @@ LABELS = {"nearest": "nearest title's description", "base": "base model", "base_
           "quarter_whole": "a quarter of the targets whole",
           "marked": "half of the targets whole, the others asked for by a marker in the title",
           "masked": "whole targets, no loss on unsupported sentences"}
+COMPARED = ("nearest", "base", "base_sources", "title", "sources", "supported", "verified", "strict")
 NAMES = ("abt", "three", "small", "sample", "books")
 
 def add_options(parser):
@@ -229,7 +230,7 @@ def with_intervals(name, sums, draws):
     from descgen.metrics import metric_from_sums, paired_bootstrap
     own = sums[name]
     found = {m: {"value": float(metric_from_sums(own[m].sum(0)))} for m in MEASURES}
-    for other in ("nearest", "title"):
+    for other in ("nearest", "title", "supported"):
         if other in sums:
             for m in MEASURES:
                 found[m][other] = paired_bootstrap(own[m], sums[other][m], draws)
@@ -293,12 +294,36 @@ def cell(found, other):
         return f"{found['value']:.1f}"
     return f"{found['value']:.1f} ({interval['low']:+.1f} to {interval['high']:+.1f})"
 
-def table(summary, systems, other):
-    "Systems and their measures"
-    rows = [[LABELS[name], *(cell(summary["systems"][name][m], other) for m in MEASURES),
-             f"{summary['systems'][name]['facts']:.1f}"] for name in systems]
-    head = ["", "chrF", "false claims, %", "unsupported claims, %", "claim recall, %", "figures per text"]
-    return markdown_table(head, rows)
+HEAD = ("", "chrF", "false claims, %", "unsupported claims, %", "claim recall, %")
+
+def main_table(summary):
+    "The systems that are compared, with intervals of the differences to the nearest description"
+    systems = {name: found for name, found in summary["systems"].items() if name in COMPARED}
+    rows = [[LABELS[name], *(cell(found[m], "nearest") for m in MEASURES), f"{found['facts']:.1f}"]
+            for name, found in systems.items()]
+    return markdown_table([*HEAD, "figures per text"], rows)
+
+def title_table(summary):
+    "What sources change: differences to fine-tuning on titles"
+    def difference(found):
+        "A difference with its interval"
+        if found["low"] is None:
+            return ""
+        return f"{found['difference']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
+    systems = [name for name in ("sources", "supported", "verified", "strict") if name in summary["systems"]]
+    rows = [[LABELS[name], *(difference(summary["systems"][name][m]["title"]) for m in MEASURES)] for name in systems]
+    return markdown_table(["minus fine-tuned on titles", *HEAD[1:]], rows)
+
+def ablation_table(summary):
+    "What each setting changes, with intervals of the differences to `supported`, and what it costs"
+    rows = []
+    for name, found in summary["systems"].items():
+        if name not in ("supported", "title_supported") and (name in COMPARED or name not in WAYS):
+            continue
+        cost = summary["costs"][name]
+        rows.append([LABELS[name], *(cell(found[m], "supported") for m in MEASURES),
+                     f"{cost['prompt_tokens']:.0f}", f"{cost['steps']:.0f}", f"{cost['training_seconds']:.0f}"])
+    return markdown_table([*HEAD, "tokens per prompt", "steps", "training, s"], rows)
 
 def tables(read):
     found = {}
@@ -307,8 +332,9 @@ def tables(read):
         if not record:
             continue
         summary = record["summary"]
-        systems = [system for system in summary["systems"] if system in LABELS]
-        about = (f"{summary['titles']} test titles, {record['rounds']} seeds. In brackets: the 95 % interval of the "
+        about = (f"{summary['titles']} test titles, one round per seed. In brackets: the 95 % interval of the "
                  f"difference to the nearest title's description. {circumstances(record, 'torch')}")
-        found[f"sources-{name}"] = [about, "", *table(summary, systems, "nearest")]
+        found[f"sources-{name}"] = [about, "", *main_table(summary), "", *title_table(summary)]
+        if len(summary["costs"]) > len(MAIN):
+            found[f"sources-{name}-settings"] = ablation_table(summary)
     return found
