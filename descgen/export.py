@@ -130,8 +130,8 @@ def measure_parity(
     cost = export["losses"].double().mean() - adapter["losses"].double().mean()
     return Parity(n, largest, divergence/n, same/n, cost.item())
 
-# %% ../nbs/81_export.ipynb #8abd965f
-_ERRORS = {"float32": 2**-18, "float16": .42*2**-11, "bfloat16": .42*2**-8, "q8_0": .0056} # ε of each type
+# %% ../nbs/81_export.ipynb #d19c74e1
+_ERRORS = {"float32": 2**-18, "float16": .43*2**-11, "bfloat16": .43*2**-8, "q8_0": .0056} # ε of each type
 
 def limits(
     dtype:str, # of the exported weights
@@ -140,7 +140,7 @@ def limits(
 )->tuple[float, float]: # of `largest` and of `divergence`
     "The most that rounding to a type can change"
     error = _ERRORS[dtype]*matrices**.5*spread
-    return 20*error, error**2/2
+    return 20*error, 2*error**2
 
 def check_parity(
     parity:Parity,
@@ -470,8 +470,11 @@ def _data_lines(record):
     path, funnel, plan = record.get("data_path"), record.get("funnel") or {}, record.get("plan") or {}
     if not path: return ["The folder of the run is not beside the adapter, so the data is not known."]
     lines = [f"- file: `{Path(path).name}`, SHA-256 `{record.get('data_sha256')}`"]
-    if funnel: lines.append(f"- {funnel['lines_read']:,} lines read, {funnel['train']:,} rows for training, {funnel['test']:,} for the test")
-    if plan: lines.append(f"- trained on {plan['examples']:,} rows ({plan['tokens']:,} tokens) in {plan['steps']:,} steps")
+    if funnel:
+        lines.append(f"- {funnel['lines_read']:,} lines read, {funnel['train']:,} rows for training, "
+                     f"{funnel['test']:,} for the test")
+    if plan:
+        lines.append(f"- trained on {plan['examples']:,} rows ({plan['tokens']:,} tokens) in {plan['steps']:,} steps")
     return [*lines, "- The rights to this data are the publisher's to check."]
 
 def _recipe_lines(record):
@@ -479,6 +482,7 @@ def _recipe_lines(record):
     import yaml
     given = {name: value for name, value in (record.get("given") or {}).items() if name not in _NOT_IN_CARD}
     if not given: return ["Not known: the folder of the run is not beside the adapter."]
+    if "model_id" in given: given["model_id"] = _public_name(given["model_id"])
     return ["```yaml", yaml.safe_dump(given, sort_keys=False, allow_unicode=True).rstrip(), "```"]
 
 # %% ../nbs/81_export.ipynb #98eb7aa7
@@ -510,10 +514,16 @@ _LICENCE_TEXTS = {
                   "which holds for this model too."}
 _HUB_NAMES = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"} # of bases that have another name in descgen
 
+def _is_folder(base): return base.startswith((".", "~", "/", "\\")) or Path(base).is_dir()
+
+def _public_name(base):
+    "The name of a base; of a folder only its last part, because its path says who uses this machine"
+    return Path(base).name if _is_folder(base) else base
+
 def _front_matter(base, to):
     "The card's entries for the hub"
     from huggingface_hub import ModelCardData
-    is_on_hub = base in _HUB_NAMES or not base.startswith((".", "~", "/")) and base.count("/") == 1
+    is_on_hub = base.count("/") == 1 and not _is_folder(base)
     entries = {"library_name": {"hub": "peft", "merged": "transformers", "gguf": "gguf"}[to],
                "pipeline_tag": "text-generation", "tags": ["product-descriptions", "descgen"], "license": licence_of(base)}
     if is_on_hub: entries["base_model"] = _HUB_NAMES.get(base, base)
@@ -562,14 +572,15 @@ _LIMITS = [
 def _card(to, base, run, record, about):
     "A model card for the Hugging Face hub"
     name = {"hub": "A LoRA adapter", "merged": "A merged model", "gguf": "A GGUF file"}[to]
-    licence = _LICENCE_TEXTS.get(licence_of(base), f"The licence of `{base}` holds for this model too.")
+    public = _public_name(base)
+    licence = _LICENCE_TEXTS.get(licence_of(base), f"The licence of `{public}` holds for this model too.")
     sections = {
-        "Use": _usage_lines(to, base), "Prompt": _prompt_lines(about["sources"]),
+        "Use": _usage_lines(to, public), "Prompt": _prompt_lines(about["sources"]),
         "Data": _data_lines(record), "Recipe": _recipe_lines(record), "Evaluation": _evaluation_lines(run),
         "Export": [f"Weights in {about['dtype']}. Compared with the adapter in float32: {about['parity']}."],
         "Limits": _LIMITS, "Licence": [licence]}
     lines = [*_front_matter(base, to), "# Product descriptions from titles", "",
-             f"{name} on `{base}`, fine-tuned with descgen {__version__} to describe a product from its title.", ""]
+             f"{name} on `{public}`, fine-tuned with descgen {__version__} to describe a product from its title.", ""]
     for title, own in sections.items(): lines += [f"## {title}", "", *own, ""]
     return redact("\n".join(lines))
 
@@ -609,16 +620,20 @@ class _Loaded:
         "Standard deviation of the logits"
         return self.predicted["logits"].std(-1).mean().item()
 
-    @property
-    def texts(self):
-        "What the user says in each prompt"
-        return [chat_messages(r["title"].strip(), sources=r["sources"])[0]["content"] for r in self.rows]
+# %% ../nbs/81_export.ipynb #dd0c84eb
+def _turns(loaded):
+    "What the user says in each prompt"
+    return [chat_messages(r["title"].strip(), sources=r["sources"])[0]["content"] for r in loaded.rows]
 
-    @property
-    def prompts(self):
-        "Token ids of each prompt"
-        parts = template_parts(self.tokenizer)
-        return [prompt_ids(r["title"], self.tokenizer, parts, r["sources"]) for r in self.rows]
+def _prompts(loaded):
+    "Token ids of each prompt"
+    parts = template_parts(loaded.tokenizer)
+    return [prompt_ids(r["title"], loaded.tokenizer, parts, r["sources"]) for r in loaded.rows]
+
+def _read(model, examples, what):
+    "The predictions of a model, with a progress bar"
+    from tqdm import tqdm
+    return completion_logits(model, tqdm(examples, desc=f"reading {what}", unit="row", delay=2))
 
 # %% ../nbs/81_export.ipynb #816d36bc
 def _load(folder, rows=None):
@@ -629,14 +644,14 @@ def _load(folder, rows=None):
     _check_base(record.get("model"), model_fingerprint(model, tokenizer))
     rows = _with_texts(rows[:N_ROWS], model, tokenizer, folder)
     examples = encode_rows(rows, tokenizer, template_parts(tokenizer), 512, "completion")[0]
-    return _Loaded(folder, base, record, model, tokenizer, rows, examples, completion_logits(model, examples))
+    return _Loaded(folder, base, record, model, tokenizer, rows, examples, _read(model, examples, "the adapter"))
 
 def _merge_and_choose(loaded, to, dtype):
     "Merge in float32, check the sum, and round it to a type; weights, type, predictions and costs"
     merged, weights = merge(loaded.model)
     def read():
         "What the merged model predicts"
-        return completion_logits(merged, loaded.examples)
+        return _read(merged, loaded.examples, "the merged model")
     check_parity(measure_parity(loaded.predicted, read()), limits("float32", count_matrices(weights), loaded.spread),
                  "The merged model does not predict what its adapter predicts")
     types = TYPES[to] if dtype == "auto" else (dtype,)
@@ -645,8 +660,8 @@ def _merge_and_choose(loaded, to, dtype):
 # %% ../nbs/81_export.ipynb #570e3124
 def _check_written(loaded, to, folder, dtype, expected, matrices):
     "The parity of written files; ValueError if they do not predict what was to be written, or what the adapter predicts"
-    predicted, prompts = read_export(loading_code(to, loaded.base), folder, loaded.texts, loaded.examples)
-    differ = sum(a != b for a, b in zip(prompts, loaded.prompts))
+    predicted, prompts = read_export(loading_code(to, loaded.base), folder, _turns(loaded), loaded.examples)
+    differ = sum(a != b for a, b in zip(prompts, _prompts(loaded)))
     if differ: raise ValueError(f"The written tokenizer renders {differ} of {len(prompts)} prompts in another way. "
                                 "Nothing was exported.")
     exact = limits("float32", matrices, loaded.spread)
@@ -663,6 +678,7 @@ def _write_gguf_folder(folder, weights, dtype, config, tokenizer, sampling):
     context = min(2048, config.max_position_embeddings)
     write_text(folder/"Modelfile", _modelfile(tokenizer, sampling, context))
 
+# %% ../nbs/81_export.ipynb #7ee0a5b1
 _WRITERS = {"merged": _write_merged, "gguf": _write_gguf_folder}
 
 def _export_model(loaded, to, new, dtype):
@@ -677,7 +693,12 @@ def _export_adapter(loaded, to, new, dtype):
     "Copy an adapter's files, and load them with PEFT alone"
     shutil.copytree(loaded.folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md", ".*", "sources"))
     matrices = sum(p.dim() > 1 for name, p in loaded.model.named_parameters() if "lora_" not in name)
-    return "float32", {}, _check_written(loaded, to, new, "float32", loaded.predicted, matrices)
+    parity = _check_written(loaded, to, new, "float32", loaded.predicted, matrices)
+    path = new/"adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = _public_name(loaded.base)
+    write_text(path, json.dumps(config, indent=2) + "\n")
+    return "float32", {}, parity
 
 # %% ../nbs/81_export.ipynb #dd6d2ef6
 def _check_request(folder, to, out, dtype):
@@ -714,7 +735,7 @@ def export(
     write = _export_adapter if to == "hub" else _export_model
     with _new_folder(out) as new:
         dtype, costs, parity = write(loaded, to, new, dtype)
-        about = {"descgen": __version__, "to": to, "base": loaded.base, "dtype": dtype, "costs": costs, "parity": parity,
+        about = {"descgen": __version__, "to": to, "base": _public_name(loaded.base), "dtype": dtype, "costs": costs, "parity": parity,
                  "sources": _copy_sources(folder, new), "adapter_sha256": adapter_hash(folder)}
         write_text(new/"README.md", _card(to, loaded.base, folder.parent, loaded.record, about))
         about |= {"parity": asdict(parity), "files": _hashes(new)}
