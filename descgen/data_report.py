@@ -286,7 +286,7 @@ def _targets_text(packs):
             f"Sentences left out of the others: {n_sentences:,}.")
 
 # %% ../nbs/24_data_report.ipynb #8c41760b
-_TARGETS = """<p>{{ counts }}</p>
+_TARGETS = """{% set style %}style="text-align: left; vertical-align: top; white-space: pre-wrap"{% endset %}<p>{{ counts }}</p>
 {% if examples %}<table class="tex2jax_ignore mathjax_ignore" style="table-layout: fixed; width: 100%">
 <thead><tr><th style="text-align: left; width: 18%">title</th><th style="text-align: left; width: 47%">content,
 without the struck sentences</th><th style="text-align: left">sources</th></tr></thead>
@@ -307,10 +307,8 @@ def _shorten(text, n=200):
 def _targets_html(counts, examples):
     "Counts and examples as HTML"
     from jinja2 import Environment
-    from markupsafe import Markup
-    style = Markup('style="text-align: left; vertical-align: top; white-space: pre-wrap"')
     template = Environment(autoescape=True).from_string(_TARGETS)
-    return template.render(counts=counts, examples=examples, style=style, shorten=_shorten)
+    return template.render(counts=counts, examples=examples, shorten=_shorten)
 
 # %% ../nbs/24_data_report.ipynb #4d8e29d7
 def _target_text(e):
