@@ -34,7 +34,7 @@ test: $(READY)
 
 # Tests that take minutes; those of a real run look at the one that `make run` made last.
 test-slow: $(READY)
-	@$(ENTER) python -m pytest -v -m slow tests
+	@$(ENTER) python -m pytest -v -m 'slow and not long' tests
 
 # The chapters that compute, as on a processor without bf16 arithmetic, and as on a laptop with AVX2.
 OTHERS := UNSLOTH_CPU_BF16=0 'ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2'

@@ -64,13 +64,15 @@ def write_plainly(folder, tmp_path):
 def test_card_of_adapter_loads_with_peft_alone(adapter, written, tmp_path):
     assert write_plainly(adapter, tmp_path) == written
 
-@pytest.mark.parametrize("to, dtype", [("merged", "float32"), ("gguf", "float32"), ("hub", "auto")])
+@pytest.mark.parametrize("to, dtype", [("merged", "float32"), pytest.param("gguf", "float32", marks=pytest.mark.long),
+                                       pytest.param("hub", "auto", marks=pytest.mark.long)])
 def test_export_writes_the_same_without_descgen(adapter, written, tmp_path, to, dtype):
     from descgen.export import export
     about = export(adapter, to, tmp_path/to, dtype)
     assert about["dtype"] == "float32" and about["parity"]["same"] == 1
     assert write_plainly(tmp_path/to, tmp_path) == written
 
+@pytest.mark.long
 def test_auto_rounds_within_its_cost(adapter, tmp_path):
     from descgen.export import MAX_COST, export
     about = export(adapter, "gguf", tmp_path/"gguf")
