@@ -35,6 +35,7 @@ WAYS = { # settings that differ from the notebook's defaults, and `try`: what th
     "marked": SUPPORTED | {"try": "marked"},
     "masked": {"sources": 2, "try": "masked"}}
 MAIN = ("title", "sources", "supported")
+BASES = {"title": "base", "sources": "base_sources"} # ways whose prompts the base model answers too
 MEASURES = ("chrF", "false_claims", "unsupported_claims", "claim_recall")
 LABELS = {"nearest": "nearest title's description", "base": "base model", "base_sources": "base model with sources",
           "title": "fine-tuned on titles", "sources": "fine-tuned with sources",
@@ -172,7 +173,7 @@ def train_and_write(args, way, seed):
     rows = data.test.select(range(min(args.most_tests, len(data.test)))).to_list()
     rows = grounding.test_rows(rows) if grounding else rows
     found = {"options": options_of(args), "machine": machine(), "versions": versions(), "rows": rows, "prompt_tokens": prompt_tokens(rows, tokenizer, parts)}
-    if seed == args.seeds[0] and way in MAIN:
+    if seed == args.seeds[0] and way in BASES:
         found["base"] = write_texts(model, tokenizer, rows, parts, args.new_tokens)
     found["training_seconds"] = seconds(lambda: found.update(history=train(model, tokenizer, packs, recipe)))
     found["steps"] = found.pop("history")[-1]["step"]
@@ -250,8 +251,8 @@ def collect(args):
         texts[way] = [one["texts"] for one in found]
         costs[way] = {name: sum(one[name] for one in found)/len(found)
                       for name in ("prompt_tokens", "steps", "training_seconds", "writing_seconds")}
-        if way in MAIN and "base" in found[0]:
-            texts["base" if way == "title" else "base_sources"] = [found[0]["base"]]
+        if way in BASES:
+            texts[BASES[way]] = [found[0]["base"]]
         if WAYS[way].get("sources") == 2 and "source_chars" not in WAYS[way] and "try" not in WAYS[way]:
             rows = found[0]["rows"]
     return texts, rows, costs, {name: found[0][name] for name in ("machine", "versions")}

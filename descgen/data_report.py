@@ -286,7 +286,8 @@ def _targets_text(packs):
             f"Sentences left out of the others: {n_sentences:,}.")
 
 # %% ../nbs/24_data_report.ipynb #8c41760b
-_TARGETS = """{% set style %}style="text-align: left; vertical-align: top; white-space: pre-wrap"{% endset %}<p>{{ counts }}</p>
+_TARGETS = """{% set style %}style="text-align: left; vertical-align: top; white-space: pre-wrap"{% endset -%}
+<p>{{ counts }}</p>
 {% if examples %}<table class="tex2jax_ignore mathjax_ignore" style="table-layout: fixed; width: 100%">
 <thead><tr><th style="text-align: left; width: 18%">title</th><th style="text-align: left; width: 47%">content,
 without the struck sentences</th><th style="text-align: left">sources</th></tr></thead>

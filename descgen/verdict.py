@@ -91,7 +91,8 @@ def _value(part, name, metric): return part["values"].get(name, {}).get(metric, 
 def _compare_share(metric, part):
     "The outcomes of a share of claims against those of the other systems; \"\" without others"
     shares = {other: _value(part, other, metric) for other in _RIVALS[metric]}
-    rivals = {other: f"{_RIVALS[metric][other]} {_percent(share)}" for other, share in shares.items() if share is not None}
+    rivals = {other: f"{_RIVALS[metric][other]} {_percent(share)}"
+              for other, share in shares.items() if share is not None}
     groups = _group_rivals(rivals, part | {"differences": _claims_of(part)[1]}, metric)
     groups.pop("unknown", None)
     return ", ".join(f"{_SHARES[result]} {' and '.join(names)}" for result, names in groups.items())
