@@ -19,7 +19,7 @@ from .dataset import load_data
 from .evaluation import read_evaluation
 from .files import flush_to_disk, load_manifest, sha256_file, to_json, write_text
 from .formatting import INSTRUCTION, chat_messages, encode_rows, prompt_ids, template_parts
-from .inference import Sampling, describe, find_sources, load_adapter
+from .inference import Sampling, TOP_K, describe, find_sources, load_adapter
 from .model import EMBEDDED, adapter_hash, model_config, model_fingerprint, plain_peft_code
 from .model import read_adapter_config
 from .recipe import check_recipe, resolve
@@ -252,8 +252,9 @@ def _check_gguf(config, tokenizer):
     "ValueError if a model cannot be written as GGUF"
     if config.model_type == "llama" and _word_rule(tokenizer): return
     what = f"architecture {config.model_type}" if config.model_type != "llama" else "tokenizer's rule for words"
-    raise ValueError(f"A GGUF file of this model is not supported: its {what} is unknown. Export it with --to merged, and "
-                     "convert that folder with llama.cpp: python convert_hf_to_gguf.py FOLDER --outtype f16")
+    raise ValueError(f"A GGUF file of this model is not supported: its {what} is unknown. "
+                     "Export it with --to merged, and convert that folder with llama.cpp: "
+                     "python convert_hf_to_gguf.py FOLDER --outtype f16")
 
 def _vocabulary(tokenizer, size):
     "Tokens and their kinds, by id"
@@ -370,13 +371,15 @@ def ollama_template(
                                          add_generation_prompt=True)
     if _adds_bos(tokenizer): text = text.removeprefix(tokenizer.bos_token)
     if "{{" in text or '"""' in text or text.count(place) != 1:
-        raise ValueError("This chat template cannot be written for Ollama: it holds {{ or three quotes. Use --to merged.")
+        raise ValueError("This chat template cannot be written for Ollama: it holds {{ or three quotes. "
+                         "Use --to merged.")
     return text.replace(place, "{{ .Prompt }}") + "{{ .Response }}"
 
 def _modelfile(tokenizer, sampling, context):
     "A Modelfile that makes Ollama sample as descgen does"
     values = {"stop": f'"{tokenizer.eos_token}"', "temperature": sampling["temperature"], "top_p": sampling["top_p"],
-              "top_k": 50, "min_p": 0, "repeat_penalty": 1, "num_predict": sampling["max_new_tokens"], "num_ctx": context}
+              "top_k": TOP_K, "min_p": 0, "repeat_penalty": 1,
+              "num_predict": sampling["max_new_tokens"], "num_ctx": context}
     parameters = "".join(f"PARAMETER {name} {value}\n" for name, value in values.items())
     return f'FROM ./model.gguf\nTEMPLATE """{ollama_template(tokenizer)}"""\n{parameters}'
 
@@ -507,9 +510,9 @@ def _evaluation_lines(run):
 
 # %% ../nbs/81_export.ipynb #c04ce29a
 _LICENCE_TEXTS = {
-    "llama3.2": "Built with Llama. Llama 3.2 is licensed under the Llama 3.2 Community License, Copyright © Meta Platforms, "
-                "Inc. All Rights Reserved. The [licence](https://www.llama.com/llama3_2/license/) and the acceptable-use "
-                "policy hold for this model; its name must begin with \"Llama\".",
+    "llama3.2": "Built with Llama. Llama 3.2 is licensed under the Llama 3.2 Community License, Copyright © "
+                "Meta Platforms, Inc. All Rights Reserved. The [licence](https://www.llama.com/llama3_2/license/) "
+                "and the acceptable-use policy hold for this model; its name must begin with \"Llama\".",
     "apache-2.0": "SmolLM2-135M-Instruct is under the [Apache License 2.0](https://www.apache.org/licenses/LICENSE-2.0), "
                   "which holds for this model too."}
 _HUB_NAMES = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"} # of bases that have another name in descgen
@@ -525,7 +528,8 @@ def _front_matter(base, to):
     from huggingface_hub import ModelCardData
     is_on_hub = base.count("/") == 1 and not _is_folder(base)
     entries = {"library_name": {"hub": "peft", "merged": "transformers", "gguf": "gguf"}[to],
-               "pipeline_tag": "text-generation", "tags": ["product-descriptions", "descgen"], "license": licence_of(base)}
+               "pipeline_tag": "text-generation", "tags": ["product-descriptions", "descgen"],
+               "license": licence_of(base)}
     if is_on_hub: entries["base_model"] = _HUB_NAMES.get(base, base)
     return ["---", ModelCardData(**entries).to_yaml(), "---", ""]
 
@@ -537,9 +541,10 @@ def _prompt_lines(n_sources):
                             "Similar product: {title of the most similar}", "{beginning of its description}"]
     lines += ["Title: {title}", "```", ""]
     if not n_sources: return lines
-    return [*lines, f"The model was trained with {n_sources} similar products from the training rows, the most similar last. "
-            "They are in `sources/rows.arrow` (Arrow IPC: uid, title, content). To find those of a title:", "",
-            "```python", "from descgen.formatting import chat_messages", "from descgen.sources import Sources, source_rows",
+    return [*lines, f"The model was trained with {n_sources} similar products from the training rows, the most similar "
+            "last. They are in `sources/rows.arrow` (Arrow IPC: uid, title, content). To find those of a title:", "",
+            "```python", "from descgen.formatting import chat_messages",
+            "from descgen.sources import Sources, source_rows",
             "index = Sources('sources')", f"found, = source_rows(index, index.nearest(['Red Mug'], {n_sources}))",
             "messages = chat_messages('Red Mug', sources=found)", "```", ""]
 
@@ -659,7 +664,7 @@ def _merge_and_choose(loaded, to, dtype):
 
 # %% ../nbs/81_export.ipynb #570e3124
 def _check_written(loaded, to, folder, dtype, expected, matrices):
-    "The parity of written files; ValueError if they do not predict what was to be written, or what the adapter predicts"
+    "The parity of written files; ValueError if they predict something else than was to be written, or than the adapter"
     predicted, prompts = read_export(loading_code(to, loaded.base), folder, _turns(loaded), loaded.examples)
     differ = sum(a != b for a, b in zip(prompts, _prompts(loaded)))
     if differ: raise ValueError(f"The written tokenizer renders {differ} of {len(prompts)} prompts in another way. "
@@ -728,15 +733,16 @@ def export(
     dtype:str="auto", # type of the weights, one of `TYPES[to]`; "auto": the smallest that costs at most `MAX_COST`
     rows:list[dict]|None=None, # to compare on: `title` and `content`; None: test rows of the adapter's run
 )->dict: # content of `export.json`: type, costs, parity and files
-    "Export an adapter, complete or not at all; ValueError with numbers if the export does not predict what the adapter does"
+    "Export an adapter, complete or not at all; ValueError with numbers if the export predicts something else"
     folder, out = Path(folder), Path(out)
     _check_request(folder, to, out, dtype)
     loaded = _load(folder, rows)
     write = _export_adapter if to == "hub" else _export_model
     with _new_folder(out) as new:
         dtype, costs, parity = write(loaded, to, new, dtype)
-        about = {"descgen": __version__, "to": to, "base": _public_name(loaded.base), "dtype": dtype, "costs": costs, "parity": parity,
-                 "sources": _copy_sources(folder, new), "adapter_sha256": adapter_hash(folder)}
+        about = {"descgen": __version__, "to": to, "base": _public_name(loaded.base), "dtype": dtype,
+                 "costs": costs, "parity": parity, "sources": _copy_sources(folder, new),
+                 "adapter_sha256": adapter_hash(folder)}
         write_text(new/"README.md", _card(to, loaded.base, folder.parent, loaded.record, about))
         about |= {"parity": asdict(parity), "files": _hashes(new)}
         write_text(new/"export.json", to_json(about, indent=1) + "\n")
@@ -757,7 +763,8 @@ def _check_unchanged(folder):
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{folder} is not an export: export.json is missing or damaged.") from None
     found = _hashes(folder)
-    changed = sorted(name for name in files.keys() | found.keys() if files.get(name) != found.get(name) and name != "README.md")
+    names = (files.keys() | found.keys()) - {"README.md"}
+    changed = sorted(name for name in names if files.get(name) != found.get(name))
     if changed: raise ValueError(f"{folder}: {changed[0]} is not as it was exported. Export again.")
     return about
 
@@ -770,7 +777,8 @@ def push(
     folder = Path(folder)
     about = _check_unchanged(folder)
     if licence_of(about["base"]) == "llama3.2" and not name.split("/")[-1].lower().startswith("llama"):
-        raise ValueError(f"{name}: the licence of Llama 3.2 wants a name that begins with Llama, such as llama-descriptions.")
+        raise ValueError(f"{name}: the licence of Llama 3.2 wants a name that begins with Llama, such as "
+                         "llama-descriptions.")
     if not dry_run: _upload(folder, name)
     return [(p.relative_to(folder).as_posix(), p.stat().st_size) for p in sorted(folder.rglob("*")) if p.is_file()]
 
