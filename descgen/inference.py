@@ -176,6 +176,41 @@ def _complete_batch(model, tokenizer, prompts, sampling, noise):
     new = ids[:, batch["input_ids"].shape[1]:].tolist()
     return [_truncate_at_eos(row, tokenizer.eos_token_id) for row in new]
 
+# %% ../nbs/50_inference.ipynb #e14e7509
+def _complete_in_batches(model, tokenizer, prompts, sampling, noise, bar):
+    "The new tokens of each prompt, in batches of similar length"
+    completions = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), sampling.batch_size):
+        indices = order[start:start + sampling.batch_size]
+        batch_noise = None if noise is None else noise[indices]
+        new = _complete_batch(model, tokenizer, [prompts[i] for i in indices], sampling, batch_noise)
+        completions |= dict(zip(indices, new))
+        bar.update(len(indices))
+    return [completions[i] for i in range(len(prompts))]
+
+def _complete_in_slots(model, tokenizer, prompts, sampling, noise, bar):
+    "The new tokens of each prompt, by `decode`"
+    from descgen.decoding import decode
+    def choose(scores, owners, steps):
+        "The most likely tokens, or those that the random numbers sample"
+        if noise is None: return scores.argmax(-1)
+        return _sample_top_k_top_p(scores, noise[owners, steps], sampling.temperature, sampling.top_p)[:, 0]
+    return decode(model, prompts, choose, max_new_tokens=sampling.max_new_tokens, end=tokenizer.eos_token_id,
+        pad=tokenizer.pad_token_id, batch_size=sampling.batch_size, on_end=bar.update)
+
+# %% ../nbs/50_inference.ipynb #8165363c
+# settings that `complete` replaces, or that do not change the scores
+_NEUTRAL = {"_from_model_config", "bos_token_id", "do_sample", "eos_token_id", "max_length", "max_new_tokens", "pad_token_id",
+    "temperature", "top_k", "top_p", "transformers_version", "use_cache"}
+
+def _can_decode(model):
+    "Whether `decode` writes the same texts as `generate`: on a CPU, if nothing else changes the scores"
+    from descgen.layers import layer_device
+    settings = model.generation_config.to_diff_dict()
+    others = [name for name, value in settings.items() if name not in _NEUTRAL and value]
+    return layer_device(model).type == "cpu" and not others
+
 # %% ../nbs/50_inference.ipynb #f4f2eab9
 def complete(
     model, # with or without an adapter
@@ -186,21 +221,18 @@ def complete(
     noise=None, # random numbers from 0 to 1, a row per prompt and a column per token; None: from `sampling.seed`
     progress:bool=True, # show a progress bar
 )->list[list[int]]: # the new tokens of each prompt, with the end token if it was generated
-    "Complete prompts, in batches of similar length"
+    "Complete prompts"
     from tqdm import tqdm
     from unsloth import FastLanguageModel
-    was_training, completions = model.training, {}
+    was_training = model.training
     FastLanguageModel.for_inference(model)
     noise = _noise_for(len(prompts), sampling) if noise is None else noise
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = [order[start:start + sampling.batch_size] for start in range(0, len(order), sampling.batch_size)]
-    for indices in tqdm(batches, desc="describing", unit="batch", file=sys.stdout, disable=not progress):
-        batch_noise = None if noise is None else noise[indices]
-        new = _complete_batch(model, tokenizer, [prompts[i] for i in indices], sampling, batch_noise)
-        completions |= dict(zip(indices, new))
+    write = _complete_in_slots if _can_decode(model) else _complete_in_batches
+    with tqdm(total=len(prompts), desc="describing", unit="text", file=sys.stdout, disable=not progress) as bar:
+        completions = write(model, tokenizer, prompts, sampling, noise, bar)
     if was_training:
         FastLanguageModel.for_training(model)
-    return [completions[i] for i in range(len(prompts))]
+    return completions
 
 # %% ../nbs/50_inference.ipynb #eab2b732
 def describe(
