@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEPARATORS', 'TITLE_NAMES', 'CONTENT_NAMES', 'find_data', 'choose_encoding', 'choose_fields', 'Source',
-           'inspect_file', 'parse_csv_block', 'read_parts', 'read_catalogue']
+           'inspect_file', 'parse_csv_block', 'open_parquet', 'read_parts', 'read_catalogue', 'Record', 'read_records']
 
 # %% ../nbs/11_data.ipynb #717f1059
 import codecs, contextlib, csv, io, itertools, json, re, tempfile
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np, polars as pl
 
 from .json_lines import (DEFAULT_FIELDS, json_decoder, object_to_row, packing_of, parse_block, parse_row,
+    parse_value,
     read_blocks, read_pieces, rejection, ROW_SCHEMA, show_progress, UNPACKING_ERRORS)
 
 # %% ../nbs/11_data.ipynb #c005
@@ -194,12 +195,13 @@ def choose_fields(
     columns:list[str], # names of its columns
     filled:set[str], # those that are not empty in the first rows
     title_field:str="auto", # the title's column; "auto": the one with a known name
-    content_field:str="auto", # the content's column
-)->tuple[str, str]: # the two columns
+    content_field:str|None="auto", # the content's column; None: the file may have none
+)->tuple[str, str|None]: # the two columns
     "The columns of title and content; ValueError lists the columns if they are not clear"
     if "auto" in (title_field, content_field):
         _raise_if_chats(path, columns)
     title = _choose_field(path, columns, filled, title_field, TITLE_NAMES, "title_field")
+    if content_field is None: return title, None
     content = _choose_field(path, columns, filled, content_field, CONTENT_NAMES, "content_field")
     return title, content
 
@@ -209,7 +211,7 @@ class Source(NamedTuple):
     path:Path # the file
     format:str # "jsonl", "array", "csv" or "parquet"
     encoding:str # of the decompressed bytes
-    fields:tuple[str, str] # the columns of title and content
+    fields:tuple[str, str|None] # the columns of title and content
     columns:tuple[str, ...]=() # all columns of a table, in their order
     separator:str="" # between the fields of a CSV file
     skip:int=0 # bytes, in UTF-8, before the first record of a CSV file
@@ -324,7 +326,7 @@ def _read_first_items(path, encoding, n=100):
 def inspect_file(
     path:str|Path, # a catalogue
     title_field:str="auto", # the title's column; "auto": the one with a known name
-    content_field:str="auto", # the content's column
+    content_field:str|None="auto", # the content's column; None: the file may have none
     encoding:str="auto", # "auto": UTF-8, or UTF-16 if it has a byte-order mark
 )->Source: # how to read it
     "Format, encoding and columns of a file; ValueError says what is not clear and which parameter to set"
@@ -665,7 +667,9 @@ def _read_array_parts(source, n=20_000):
         yield line, partial(_items_to_rows, some, source.fields), position
 
 # %% ../nbs/11_data.ipynb #a73bec9a
-def _open_parquet(path):
+def open_parquet(
+    path:str|Path, # plain or compressed
+): # a `pyarrow.parquet.ParquetFile`
     "An open Parquet file; a compressed one is unpacked into a temporary file"
     import pyarrow as pa, pyarrow.parquet as pq
     file = path
@@ -693,7 +697,7 @@ def _is_text(kind):
 
 def _parquet_columns(path):
     "The names of a Parquet file's columns, and the text columns that are not empty in the first rows"
-    file = _open_parquet(path)
+    file = open_parquet(path)
     schema = file.schema_arrow
     texts = [f.name for f in schema if _is_text(f.type)]
     first = next(file.iter_batches(1000, columns=texts), None)
@@ -716,7 +720,7 @@ def _batch_to_rows(batch, first, fields):
 # %% ../nbs/11_data.ipynb #147c6143
 def _read_parquet_parts(source, n=20_000):
     "Parts of `n` rows"
-    file, first, size = _open_parquet(source.path), 1, source.path.stat().st_size
+    file, first, size = open_parquet(source.path), 1, source.path.stat().st_size
     for name in source.fields:
         kind = file.schema_arrow.field(name).type
         if not _is_text(kind):
@@ -755,3 +759,87 @@ def read_catalogue(
              for parse in read_parts(inspect_file(path, title_field, content_field, encoding))]
     rows = pl.concat([pl.DataFrame(schema=ROW_SCHEMA), *(part for part, _ in parts)])
     return rows, [record for _, rejected in parts for record in rejected]
+
+# %% ../nbs/11_data.ipynb #7337281f
+def _raw_lines(source):
+    "The lines of a JSON Lines file with their numbers; an error of a damaged file is a text"
+    for first, block, problem in read_blocks(source.path, encoding=source.encoding):
+        lines = block.split(b"\n")
+        last = len(lines) - 1
+        for i, line in enumerate(lines):
+            if problem and i == last:
+                yield first + i, line, problem
+            elif line.strip():
+                yield first + i, line, ""
+
+def _line_records(source):
+    "The records of a JSON Lines file"
+    for number, line, problem in _raw_lines(source):
+        value, reason = None, problem
+        if not problem:
+            try:
+                value = parse_value(line, source.fields)
+            except ValueError as e:
+                reason = str(e)
+        if not reason and not isinstance(value, dict):
+            value, reason = None, f"not an object but a {type(value).__name__}"
+        yield Record(number, value, reason, line)
+
+# %% ../nbs/11_data.ipynb #7cd6ff97
+class Record(NamedTuple):
+    "One record of a file, or why it cannot be read"
+    line:int # where it begins
+    values:dict|None # all columns; None if it cannot be read
+    reason:str # why it cannot be read; "" if it can
+    raw:bytes # as it is in the file, in UTF-8; of tables and arrays only the beginning
+
+def _array_records(source):
+    "The records of a JSON array"
+    for line, value, text, _ in _read_array_items(source.path, source.encoding, source.fields):
+        reason = str(value) if isinstance(value, ValueError) else ""
+        if not reason and not isinstance(value, dict):
+            reason = f"not an object but a {type(value).__name__}"
+        yield Record(line, None if reason else value, reason, text.encode("utf-8", "replace"))
+
+def _parquet_records(source):
+    "The rows of a Parquet file"
+    first = 1
+    for batch in open_parquet(source.path).iter_batches(4096):
+        for line, values in enumerate(batch.to_pylist(), first):
+            yield Record(line, values, "", repr(values)[:1000].encode("utf-8", "replace"))
+        first += len(batch)
+
+# %% ../nbs/11_data.ipynb #b006e7ce
+def _skip_bytes(pieces, n):
+    "Pieces of bytes without the first `n` bytes"
+    for piece, position in pieces:
+        skipped = min(n, len(piece))
+        yield piece[skipped:], position
+        n -= skipped
+
+def _csv_records(source):
+    "The records of a CSV file"
+    pieces = _skip_bytes(read_pieces(source.path, source.encoding), source.skip)
+    problems, line = [], source.first
+    def lines():
+        "The lines; an error is kept for the end"
+        for text in _read_lines(b"", pieces):
+            if isinstance(text, str):
+                yield text
+            else:
+                problems.append(f"the packed file is damaged or cut off after this line ({text})")
+    for line, fields, reason, text in _parse_csv_records(lines(), source, source.first):
+        values = None if reason else dict(zip(source.columns, fields))
+        if reason or fields:
+            yield Record(line, values, reason, text.encode("utf-8", "surrogateescape"))
+    for problem in problems:
+        yield Record(line, None, problem, b"")
+
+# %% ../nbs/11_data.ipynb #da10d2af
+def read_records(
+    source:Source, # from `inspect_file`
+): # yields a `Record` for each record of the file, in its order; blank lines are skipped
+    "All records of a file with all their columns, in bounded memory"
+    readers = {"jsonl": _line_records, "array": _array_records,
+               "csv": _csv_records, "parquet": _parquet_records}
+    yield from readers[source.format](source)

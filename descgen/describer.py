@@ -12,8 +12,9 @@ from pathlib import Path
 
 from .claims import LANGUAGES, common_words, detect_language
 from .formatting import prompt_ids, template_parts
-from .inference import (
-    complete, finish_reason, load_adapter, open_sources, read_settings, Sampling, stream)
+from descgen.inference import (
+    complete, finish_reason, load_adapter, open_sources, read_settings, Sampling, seeded_noise,
+    stream)
 from .sources import source_rows
 from .verified import (
     Checks, describe_verified, locate_claims, stream_verified, Verified)
@@ -65,7 +66,7 @@ class Describer:
         self.checks = _catalogue_checks(settings, self.index)
         self.trained_with_sources = bool(settings.get("sources"))
         self.model, self.tokenizer = load_adapter(folder, max_seq_length, load_in_4bit, base, dtype)
-        self.parts = template_parts(self.tokenizer)
+        self.parts, self.max_seq_length = template_parts(self.tokenizer), max_seq_length
 
     def __repr__(self):
         rows = f" of {len(self.index.rows):,} rows" if self.index else ""
@@ -79,7 +80,9 @@ class Describer:
         if not self.n_sources: return [[] for _ in titles]
         return source_rows(self.index, self.index.nearest(titles, self.n_sources))
 
-    def _verifies(self, verify):
+    def verifies(self,
+        verify:bool|None=None, # as in `describe`
+    )->bool:
         "Whether unsupported claims are left out"
         return self.trained_with_sources if verify is None else verify
 
@@ -89,17 +92,20 @@ class Describer:
         *,
         verify:bool|None=None, # leave unsupported claims out; None: if the adapter was trained with sources
         strict:bool=False, # a claim must stand in the title, or in all sources alike
+        keys:list[str]|None=None, # random numbers by these keys, not by position: see `seeded_noise`
         progress:bool=True, # show a progress bar
     )->list[Verified]: # one per title
         "Describe titles"
         titles = _check_titles(titles)
         sources, checks = self.sources_of(titles), replace(self.checks, strict=strict)
         model, tokenizer, parts = self.model, self.tokenizer, self.parts
-        if self._verifies(verify):
+        if self.verifies(verify):
             return describe_verified(
-                model, tokenizer, titles, parts, sampling, sources, checks, progress=progress)
+                model, tokenizer, titles, parts, sampling, sources, checks, keys=keys,
+                progress=progress)
         prompts = [prompt_ids(title, tokenizer, parts, own) for title, own in zip(titles, sources)]
-        completions = complete(model, tokenizer, prompts, sampling, progress=progress)
+        noise = seeded_noise([f"{key} 0" for key in keys], sampling) if keys else None
+        completions = complete(model, tokenizer, prompts, sampling, noise=noise, progress=progress)
         return [_whole_text(tokenizer, new, title, own, checks)
                 for new, title, own in zip(completions, titles, sources)]
 
@@ -113,7 +119,7 @@ class Describer:
         "Describe one title piece by piece"
         (sources,), checks = self.sources_of([title]), replace(self.checks, strict=strict)
         model, tokenizer, parts = self.model, self.tokenizer, self.parts
-        if self._verifies(verify):
+        if self.verifies(verify):
             return (yield from stream_verified(model, tokenizer, title, parts, sampling, sources, checks))
         new = yield from stream(model, tokenizer, title, parts, sampling, sources)
         return _whole_text(tokenizer, new, title, sources, checks)

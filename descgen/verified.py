@@ -6,12 +6,12 @@
 __all__ = ['Checks', 'SupportedClaim', 'Verified', 'locate_claims', 'verify', 'describe_verified', 'stream_verified']
 
 # %% ../nbs/51_verified.ipynb #c51003
-import hashlib, html, re
+import html, re
 from dataclasses import dataclass, field, replace
 
 from .claims import find_claims, sentences, supporting
 from .formatting import prompt_ids, template_parts, TemplateParts, text_ids
-from .inference import complete, finish_reason, Sampling, stream
+from .inference import complete, finish_reason, Sampling, seeded_noise, stream
 
 # %% ../nbs/51_verified.ipynb #c51006
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class _Writing:
     finish_reason:str = "stop" # of the draft
     original_reason:str = "stop" # of the original draft
     prompt:list = () # token ids
-    index:int = 0 # of the title, for the random numbers
+    index:object = 0 # key of the random numbers: the title's position, unless it is given
     budget:int = 0 # most tokens of the kept and removed sentences
     count:object = len # number of tokens of a text
 
@@ -235,12 +235,13 @@ def _decode(tokenizer, ids):
     "The text of token ids, without control tokens"
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+def _first_noise(writings, keys, sampling):
+    "Random numbers of the first versions: by key, or None for those of `complete`"
+    return None if keys is None else seeded_noise([f"{writing.index} 0" for writing in writings], sampling)
+
 def _round_noise(writing, sampling):
     "Random numbers of a new version, one per token"
-    import torch
-    key = f"{sampling.seed} {writing.index} {writing.rounds}".encode()
-    seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
-    return torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    return seeded_noise([f"{writing.index} {writing.rounds}"], sampling)[0]
 
 def _record_tokens(writing, tokenizer, new):
     "Add the tokens of a new draft, and note whether it is complete"
@@ -262,13 +263,13 @@ def _write_again(model, tokenizer, writings, sampling):
         writing.draft = _decode(tokenizer, before + new).removeprefix(_decode(tokenizer, before))
         _record_tokens(writing, tokenizer, new)
 
-def _begin(tokenizer, titles, parts, sampling, sources, checks):
+def _begin(tokenizer, titles, parts, sampling, sources, checks, keys=None):
     "The texts to be written, with their prompts"
     sources = [()]*len(titles) if sources is None else sources
     if sampling.greedy: checks = replace(checks, attempts=0)
     shared = {"budget": sampling.max_new_tokens, "count": lambda text: len(text_ids(tokenizer, text))}
-    return [_Writing(title, own, checks, prompt=prompt_ids(title, tokenizer, parts, own), index=i, **shared)
-            for i, (title, own) in enumerate(zip(titles, sources, strict=True))]
+    return [_Writing(title, own, checks, prompt=prompt_ids(title, tokenizer, parts, own), index=key, **shared)
+            for key, title, own in zip(keys or range(len(titles)), titles, sources, strict=True)]
 
 # %% ../nbs/51_verified.ipynb #c51050
 def describe_verified(
@@ -280,12 +281,15 @@ def describe_verified(
     sources:list[list[dict]]|None=None, # for each title its sources: `uid`, `title`, `content`
     checks:Checks=Checks(), # which claims are supported, and how often a sentence is written again
     *,
+    keys:list[str]|None=None, # random numbers by these keys, not by position: see `seeded_noise`
     progress:bool=True, # show a progress bar
 )->list[Verified]: # one per title
     "Describe each title, without unsupported claims"
-    writings = _begin(tokenizer, titles, parts or template_parts(tokenizer), sampling, sources, checks)
+    writings = _begin(tokenizer, titles, parts or template_parts(tokenizer), sampling, sources, checks, keys)
     prompts = [writing.prompt for writing in writings]
-    for writing, new in zip(writings, complete(model, tokenizer, prompts, sampling, progress=progress)):
+    noise = _first_noise(writings, keys, sampling)
+    drafts = complete(model, tokenizer, prompts, sampling, noise=noise, progress=progress)
+    for writing, new in zip(writings, drafts):
         writing.draft = _decode(tokenizer, new)
         _record_tokens(writing, tokenizer, new)
     waiting = [writing for writing in writings if _advance(writing)]

@@ -1,0 +1,207 @@
+"""Describing a file of titles on a CPU: descgen's `generate` beside the ways that others would take.
+
+    python -m bench generate ROWS.jsonl --adapter DIR
+
+All ways write the same titles, greedily. Each has a process of its own:
+
+- **seed**: one title at a time with transformers' `generate` and PEFT, as the seed's README does.
+- **batches**: the same in padded batches of 16 in the order of the file.
+- **continuous**: transformers' `generate_batch`, if it runs on this machine.
+- **llama**: llama-cpp-python on the base's GGUF file in 8 bits, one title at a time, without the adapter
+  (`--llama-python`: the Python of an environment that has it).
+- **descgen**: `descgen.batches.generate`, with its files.
+
+The limit reads the weights once for each step of a full batch, at the rate at which memory is copied. In float32, the texts
+of descgen and of the seed's loop are compared.
+"""
+import json
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from .markdown import circumstances, markdown_table
+from .measure import medians, print_result, read_jsonl, run_child, save_result, seconds
+
+WAYS = ("seed", "batches", "continuous", "llama", "descgen")
+IN_A_BATCH = 16 # of the way "batches"
+
+def add_options(parser):
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--adapter", type=Path, required=True, help="of the embedded model, trained without sources")
+    parser.add_argument("--titles", type=int, default=200)
+    parser.add_argument("--equal-titles", type=int, default=200, help="titles compared in float32")
+    parser.add_argument("--new-tokens", type=int, default=128, help="most tokens of a text")
+    parser.add_argument("--batch-size", type=int, default=64, help="of descgen")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--llama-python", type=Path, help="a Python with llama-cpp-python")
+    parser.add_argument("--way", choices=WAYS, help="only this way, in this process")
+    parser.add_argument("--dtype", default="bfloat16")
+
+def load_peer(args):
+    "The adapter on its base with transformers and PEFT alone, and the prompts"
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from descgen.formatting import prompt_ids, template_parts
+    from descgen.model import embedded_model
+    base = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=getattr(torch, args.dtype))
+    model = PeftModel.from_pretrained(base, str(args.adapter)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.adapter)
+    parts = template_parts(tokenizer)
+    titles = [row["title"] for row in read_jsonl(args.rows)[:args.titles]]
+    return model, tokenizer, [prompt_ids(title, tokenizer, parts) for title in titles]
+
+def write_padded(model, tokenizer, prompts, args):
+    "The new tokens of a batch, up to the end token"
+    import torch
+    width = max(map(len, prompts))
+    ids = [[tokenizer.pad_token_id]*(width - len(p)) + p for p in prompts]
+    mask = [[0]*(width - len(p)) + [1]*len(p) for p in prompts]
+    with torch.no_grad():
+        out = model.generate(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), do_sample=False,
+                             max_new_tokens=args.new_tokens, pad_token_id=tokenizer.pad_token_id,
+                             eos_token_id=tokenizer.eos_token_id)
+    return [cut_at_end(row, tokenizer.eos_token_id) for row in out[:, width:].tolist()]
+
+def cut_at_end(ids, end):
+    "Token ids before the end token"
+    return ids[:ids.index(end)] if end in ids else ids
+
+def timed_texts(write, tokenizer):
+    "Seconds, texts and number of tokens of a way"
+    start = time.perf_counter()
+    completions = write()
+    took = time.perf_counter() - start
+    texts = [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+             for ids in completions]
+    return {"seconds": took, "texts": texts, "tokens": sum(map(len, completions))}
+
+def run_seed(args):
+    model, tokenizer, prompts = load_peer(args)
+    write_padded(model, tokenizer, prompts[:1], args)
+    return timed_texts(lambda: [write_padded(model, tokenizer, [prompt], args)[0] for prompt in prompts], tokenizer)
+
+def run_batches(args):
+    model, tokenizer, prompts = load_peer(args)
+    write_padded(model, tokenizer, prompts[:2], args)
+    def write():
+        found = []
+        for start in range(0, len(prompts), IN_A_BATCH):
+            found += write_padded(model, tokenizer, prompts[start:start + IN_A_BATCH], args)
+        return found
+    return timed_texts(write, tokenizer)
+
+def run_continuous(args):
+    from transformers import GenerationConfig
+    model, tokenizer, prompts = load_peer(args)
+    model = model.merge_and_unload()
+    settings = GenerationConfig(do_sample=False, max_new_tokens=args.new_tokens,
+                                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    def write():
+        outputs = model.generate_batch(prompts, generation_config=settings, progress_bar=False)
+        in_order = sorted(outputs.values(), key=lambda out: int(out.request_id.rsplit("_", 1)[-1]))
+        return [cut_at_end(list(out.generated_tokens), tokenizer.eos_token_id) for out in in_order]
+    return timed_texts(write, tokenizer)
+
+LLAMA = """
+import json, sys, time
+from llama_cpp import Llama
+gguf, prompts, n, threads = json.load(sys.stdin)
+llama = Llama(gguf, n_ctx=1024, n_threads=threads, verbose=False)
+llama.create_completion(prompts[0], max_tokens=4, temperature=0)
+start = time.perf_counter()
+outs = [llama.create_completion(p, max_tokens=n, temperature=0) for p in prompts]
+took = time.perf_counter() - start
+print(json.dumps({"seconds": took, "texts": [o["choices"][0]["text"].strip() for o in outs],
+                  "tokens": sum(o["usage"]["completion_tokens"] for o in outs)}))
+"""
+
+def run_llama(args):
+    import os
+    import subprocess
+    from descgen.model import embedded_gguf
+    _, _, prompts = load_peer(args)
+    given = json.dumps([str(embedded_gguf()), prompts, args.new_tokens, os.cpu_count()])
+    done = subprocess.run([str(args.llama_python), "-c", LLAMA], input=given, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+def run_descgen(args):
+    import contextlib
+    import sys
+    from descgen.batches import BatchSettings, generate
+    from descgen.describer import Describer
+    from descgen.inference import Sampling
+    with contextlib.redirect_stdout(sys.stderr), TemporaryDirectory() as folder:
+        describer = Describer(args.adapter, sources=0, load_in_4bit=False, dtype=args.dtype)
+        titles = [row["title"] for row in read_jsonl(args.rows)[:args.titles]]
+        sampling = Sampling(args.new_tokens, greedy=True, batch_size=args.batch_size)
+        describer.describe(titles[:2], sampling, progress=False)
+        output = Path(folder)/"out.jsonl"
+        took = seconds(lambda: generate(describer, titles, output, BatchSettings(sampling, verify=False)))
+        rows = read_jsonl(output)
+    return {"seconds": took, "texts": [row["text"] for row in rows], "tokens": sum(row["tokens"] for row in rows)}
+
+def copy_rate():
+    "Bytes per second read and written by a copy that exceeds the caches"
+    import torch
+    source = torch.ones(2**27)
+    target = torch.empty_like(source)
+    took = min(seconds(lambda: target.copy_(source)) for _ in range(5))
+    return 2*source.nbytes/took
+
+def limit_seconds(args, tokens):
+    "The weights read once for each step of a full batch, at the rate of a copy"
+    from descgen.model import embedded_model
+    size = sum(path.stat().st_size for path in Path(embedded_model()).glob("*.safetensors"))
+    return tokens/args.batch_size*size/copy_rate()
+
+def measure(args, way, **options):
+    "A way in a process of its own; None if it does not run on this machine"
+    values = {"titles": args.titles, "new_tokens": args.new_tokens, "batch_size": args.batch_size,
+              "dtype": "bfloat16", **options}
+    words = [str(word) for name, value in values.items() for word in ("--" + name.replace("_", "-"), value)]
+    if args.llama_python:
+        words += ["--llama-python", args.llama_python]
+    try:
+        return run_child("generate", args.rows, "--adapter", args.adapter, "--way", way, *words)
+    except SystemExit as e:
+        if way not in ("continuous", "llama"):
+            raise
+        print(f"{way} does not run here: {str(e).splitlines()[-1]}", flush=True)
+
+def equal_share(args):
+    "The share of titles with equal texts of descgen and of the seed's loop, in float32"
+    found = [measure(args, way, dtype="float32", titles=args.equal_titles)["texts"] for way in ("seed", "descgen")]
+    return sum(a == b for a, b in zip(*found))/len(found[0])
+
+def run(args):
+    if args.way:
+        return print_result(globals()[f"run_{args.way}"](args))
+    ways = [way for way in WAYS if way != "llama" or args.llama_python]
+    rounds = []
+    for _ in range(args.rounds):
+        found = {way: measure(args, way) for way in ways}
+        rounds.append({way: 60*len(one["texts"])/one["seconds"] for way, one in found.items() if one})
+    tokens = found["descgen"]["tokens"]
+    summary = {"titles": args.titles, "new_tokens": args.new_tokens, "batch_size": args.batch_size, "tokens": tokens,
+               "per_minute": medians(rounds), "limit": 60*args.titles/limit_seconds(args, tokens),
+               "equal": equal_share(args) if args.equal_titles else None}
+    save_result(args.results, "generate", summary, rounds, args.rounds)
+
+LABELS = {"seed": "one title at a time: transformers and PEFT", "batches": "padded batches of 16 in the order of the file",
+          "continuous": "transformers' `generate_batch`", "llama": "llama-cpp-python, 8 bits, without the adapter",
+          "descgen": "`descgen generate`"}
+
+def tables(read):
+    record = read("generate")
+    if not record:
+        return {}
+    s = record["summary"]
+    speeds = s["per_minute"] | {"limit": s["limit"]}
+    rows = [[LABELS.get(way, "limit"), f"{speed:,.1f}", f"{speed/speeds['seed']:.1f} ×", f"{speed/speeds['batches']:.1f} ×"]
+            for way, speed in speeds.items()]
+    equal = "" if s["equal"] is None else f"Texts equal to those of the first way in float32: {s['equal']:.1%}. "
+    about = (f"{s['titles']} titles, greedy, at most {s['new_tokens']} tokens each, batches of {s['batch_size']} in descgen. "
+             f"{equal}{circumstances(record, 'torch', 'transformers')}")
+    head = ["", "descriptions per minute", "against one at a time", "against batches of 16"]
+    return {"generate": [about, "", *markdown_table(head, rows)]}

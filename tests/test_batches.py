@@ -1,0 +1,64 @@
+"""`descgen generate` ends with the same bytes wherever it was killed, and loses no row."""
+import json, signal, time
+
+import pytest
+
+from conftest import start_descgen
+
+N_TITLES = 160
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    "An adapter with random weights on a tiny model"
+    import unsloth
+    import torch
+    from descgen.checkpoints import save_adapter
+    from descgen.model import LoraSettings, add_lora, load_model, tiny_model
+    folder = tmp_path_factory.mktemp("adapter")
+    base = str(tiny_model(folder/"tiny"))
+    model, tokenizer = load_model(base, dtype="float32")
+    model = add_lora(model, LoraSettings(r=2, gradient_checkpointing=False))
+    for name, weights in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.05, generator=torch.Generator().manual_seed(0))
+    return save_adapter(model, tokenizer, folder/"adapter", base, "float32")
+
+@pytest.fixture
+def titles(tmp_path):
+    "A file of titles, some of them without a text"
+    rows = [{"uid": f"p{i}", "title": f"Lamp {i}" + " of oak"*(i % 7)} for i in range(N_TITLES)]
+    rows[3]["title"], rows[90]["title"] = "", None
+    path = tmp_path/"titles.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+def start(adapter, titles, output):
+    return start_descgen("generate", "--adapter", adapter, "--input", titles, "--output", output,
+        "--max-new-tokens", 24, "--batch-size", 2)
+
+def wait_for_lines(process, path, n):
+    "Return when a file has some lines; AssertionError if the process ends before"
+    while not path.exists() or path.read_bytes().count(b"\n") < n:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+
+@pytest.mark.slow
+def test_killed_call_resumes_to_the_same_bytes(tmp_path, adapter, titles, rng):
+    whole, killed = tmp_path/"whole.jsonl", tmp_path/"killed.jsonl"
+    said = start(adapter, titles, whole).communicate()[0]
+    assert f"{N_TITLES} rows = {N_TITLES - 2} described + 2 rejected" in said
+    part = tmp_path/"killed.jsonl.part"
+    for lines in sorted(rng.sample(range(2, 15), 2)):
+        process = start(adapter, titles, killed)
+        wait_for_lines(process, part, lines)
+        time.sleep(rng.random()/50)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not killed.exists()
+    said = start(adapter, titles, killed).communicate()[0]
+    assert f"{N_TITLES} rows = {N_TITLES - 2} described + 2 rejected" in said
+    assert killed.read_bytes() == whole.read_bytes()
+    rejected = [path.with_suffix(".rejected.jsonl").read_bytes() for path in (killed, whole)]
+    assert rejected[0] == rejected[1] and rejected[0].count(b"\n") == 2
+    assert sorted(path.name for path in tmp_path.glob("killed*")) == [
+        "killed.jsonl", "killed.rejected.jsonl", "killed.settings.json"]
