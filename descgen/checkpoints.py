@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INITIAL_WEIGHTS', 'BEST_WEIGHTS', 'run_fingerprint', 'checkpoint_step', 'list_checkpoints', 'reproducibility',
-           'prepare_output_dir', 'check_base_model', 'save_adapter']
+           'prepare_output_dir', 'check_base_model', 'licence_of', 'save_adapter']
 
 # %% ../nbs/43_checkpoints.ipynb #466ade99
 import json, shutil
@@ -14,7 +14,7 @@ from pathlib import Path
 from .files import (flush_to_disk, load_manifest, short_path, update_manifest,
     verify_checksums, write_manifest, write_text)
 from .formatting import INSTRUCTION
-from .model import EMBEDDED, LLAMA, adapter_hash, has_cuda
+from .model import EMBEDDED, LLAMA, adapter_hash, has_cuda, plain_peft_code
 from .recipe import Recipe, without_unused
 
 # %% ../nbs/43_checkpoints.ipynb #3f32bf24
@@ -146,18 +146,34 @@ def check_base_model(
 # %% ../nbs/43_checkpoints.ipynb #e93b9135
 _LICENCES = {LLAMA: "llama3.2", EMBEDDED: "apache-2.0"}
 
-def _model_card(model_id):
-    "A model card: what the adapter does, its base model and its licence"
-    licence = f"license: {_LICENCES[model_id]}\n" if model_id in _LICENCES else ""
-    base = f"`{model_id}`, whose licence holds for the adapter too"
-    if licence: base += f" ({_LICENCES[model_id]})"
-    lines = ["---", "library_name: peft", f"pipeline_tag: text-generation\n{licence}---", "",
-        "# Product descriptions from titles", "",
-        f"A LoRA adapter for {base}, trained with descgen {__version__} to "
-        f"answer `{INSTRUCTION}` and a title with the product's description.", "",
-        "```python", "from descgen.describer import Describer",
+def licence_of(
+    model_id:str, # of the base
+)->str|None: # its name on the Hugging Face hub; None if it is not known
+    "The licence of a base model, which holds for its adapters too"
+    if "llama-3.2" in model_id.lower(): return "llama3.2"
+    return _LICENCES.get(model_id)
+
+# %% ../nbs/43_checkpoints.ipynb #b70f7080
+def _usage(model_id):
+    "How an adapter is used, with descgen and without"
+    return ["With descgen:", "", "```python", "from descgen.describer import Describer",
         "describer = Describer('this folder')",
-        "print(describer.describe(['Girls Ballet Tutu Neon Pink'])[0])", "```", ""]
+        "print(describer.describe(['Girls Ballet Tutu Neon Pink'])[0])", "```", "",
+        "With transformers and PEFT alone:", "",
+        "```python", plain_peft_code(model_id).replace("FOLDER", "this folder") + "```", "",
+        "`descgen export` makes one merged model or a GGUF file of it.", ""]
+
+# %% ../nbs/43_checkpoints.ipynb #94b4bffe
+def _model_card(model_id):
+    "A model card: what the adapter does, its base model, its licence, and how it is loaded"
+    licence = licence_of(model_id)
+    front = ["library_name: peft", "pipeline_tag: text-generation"]
+    if licence: front.append(f"license: {licence}")
+    base = f"`{model_id}`, whose licence holds for the adapter too"
+    if licence: base += f" ({licence})"
+    lines = ["---", *front, "---", "", "# Product descriptions from titles", "",
+        f"A LoRA adapter for {base}, trained with descgen {__version__} to "
+        f"answer `{INSTRUCTION}` and a title with the product's description.", "", *_usage(model_id)]
     return "\n".join(lines)
 
 # %% ../nbs/43_checkpoints.ipynb #72a3c956

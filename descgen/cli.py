@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'RootOption', 'NotebookOption', 'NOTEBOOK', 'TitleField', 'ContentField', 'Encoding', 'Pairs',
-           'Recipes', 'Run', 'check', 'evaluate', 'run', 'resume', 'runs', 'sweep', 'diff', 'repeat']
+           'Recipes', 'Run', 'check', 'evaluate', 'export', 'run', 'resume', 'runs', 'sweep', 'diff', 'repeat']
 
 # %% ../nbs/90_cli.ipynb #ecbab937
 import json, shlex, sys
@@ -130,6 +130,45 @@ def evaluate(
             written = write_report(
                 evaluation, page or adapter.parent/"report.html", adapter.resolve().parent.name)
     typer.echo(to_json(evaluation.to_dict()) if as_json else f"{verdict(evaluation)}\n{written}")
+
+# %% ../nbs/90_cli.ipynb #ec3b14a6
+def _push(folder, name, dry_run):
+    "Upload an export or list its files; a line for each"
+    from descgen.export import push
+    files = push(folder, name, dry_run)
+    yield from (f"{size:>13,}  {path}" for path, size in files)
+    yield (f"{len(files)} files would be uploaded to {name} (private). To upload them, repeat with --no-dry-run"
+           if dry_run else f"{len(files)} files uploaded to {name} (private)")
+
+def _export_lines(about, out):
+    "What was exported, what each type of weights costs, and how close the predictions are"
+    from descgen.export import MAX_COST, Parity
+    for dtype, cost in about["costs"].items():
+        verdict = "chosen" if dtype == about["dtype"] else "too much"
+        if abs(cost) > MAX_COST and dtype == about["dtype"]: verdict = f"more than {MAX_COST}: --dtype auto avoids it"
+        yield f"{dtype} weights change the loss by {cost:+.4f} nats per token: {verdict}"
+    yield f"Compared with the adapter in float32: {Parity(**about['parity'])}"
+    yield f"{out}"
+
+# %% ../nbs/90_cli.ipynb #5379a728
+@app.command("export")
+def export(
+    adapter:Annotated[Path, typer.Option(help="The adapter's folder, inside its run's folder")],
+    to:Annotated[str, typer.Option(help="merged: one model; gguf: for Ollama; hub: the adapter and a card")],
+    out:Annotated[Path, typer.Option(help="The folder to make")],
+    dtype:Annotated[str, typer.Option(help="auto, bfloat16, float16, float32, or q8_0 (gguf only)")]="auto",
+    name:Annotated[str|None, typer.Option("--push", help="A repository on the Hugging Face hub")]=None,
+    dry_run:Annotated[bool, typer.Option(help="Only list what --push would upload")]=True,
+):
+    "Write an adapter as a merged model, a GGUF file or a folder for the hub; ends with 1 if it would predict otherwise"
+    import contextlib
+    with _exit_on_error("Not exported"):
+        if not (name and out.is_dir()):
+            with contextlib.redirect_stdout(sys.stderr):
+                from descgen.export import export
+                about = export(adapter.resolve(), to, out, dtype)
+            typer.echo("\n".join(_export_lines(about, out)))
+        if name: typer.echo("\n".join(_push(out, name, dry_run)))
 
 # %% ../nbs/90_cli.ipynb #245b2304
 def _yaml_problem(error):

