@@ -8,7 +8,7 @@ __all__ = ['ENGINES', 'MAX_LENGTH', 'EXAMPLE', 'choose_engine', 'engine_command'
 
 # %% ../nbs/83_server.ipynb #c83003
 import ctypes, http.client, importlib.util, json, os, re, shlex, shutil, signal, socket, subprocess, sys, time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .formatting import chat_messages
 from .inference import open_sources, read_settings, Sampling
 from .model import adapter_hash, read_adapter_config
 from .sources import source_rows
-from .verified import Verified, verify
+from .verified import locate_claims, Verified, verify
 
 # %% ../nbs/83_server.ipynb #c83007
 ENGINES = ("auto", "transformers", "vllm")
@@ -40,7 +40,8 @@ def choose_engine(
                          "or use --engine transformers.")
     missing = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"`transformers serve` needs {', '.join(missing)}. Install with: pip install {' '.join(missing)}")
+        raise ValueError(f"`transformers serve` needs {', '.join(missing)}. "
+                         f"Install with: pip install {' '.join(missing)}")
     return "transformers"
 
 # %% ../nbs/83_server.ipynb #c83011
@@ -74,9 +75,9 @@ except (OSError, ValueError) as e:
 def _export_model(adapter, out):
     "Export an adapter in a process of its own; its messages go to standard error"
     command = [sys.executable, "-c", _EXPORT, str(adapter), str(out)]
-    with _Child(command, os.getcwd(), stdout=sys.__stderr__) as child:
+    with _start(command, os.getcwd(), stdout=sys.__stderr__) as child:
         status = child.wait()
-    if child.signals: raise KeyboardInterrupt
+    if child.signals: raise SystemExit(status)
     if status: raise ValueError(f"{adapter} was not exported: the reason is printed above.")
 
 # %% ../nbs/83_server.ipynb #c83016
@@ -120,16 +121,12 @@ def _kill_group(process):
 
 # %% ../nbs/83_server.ipynb #c83019
 class _Child:
-    "A process that gets the signals of this one, and ends when this one ends"
+    "A process that gets signals passed on"
     def __init__(self, command, folder, env=None, **options):
         self.signals, self.deadline = [], None
         before = _end_with_parent if _libc else None
         self.process = subprocess.Popen(
             command, cwd=folder, env=env, start_new_session=True, preexec_fn=before, **options)
-
-    def __enter__(self):
-        self.handlers = {number: signal.signal(number, self.pass_on) for number in _SIGNALS}
-        return self
 
     def pass_on(self, number, frame):
         "Pass a signal on; the second one kills"
@@ -147,17 +144,29 @@ class _Child:
         if self.signals and status is not None: return 128 + self.signals[0]
         return 128 - status if status and status < 0 else status
 
-    def __exit__(self, *error):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if self.process.poll() is None:
-            self.process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(_GRACE)
-        _kill_group(self.process) # vLLM starts processes of its own
-        self.process.wait()
+# %% ../nbs/83_server.ipynb #c83020
+def _end(process):
+    "End a process, and what it started"
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE)
+    _kill_group(process) # vLLM starts processes of its own
+    process.wait()
 
-# %% ../nbs/83_server.ipynb #c83026
+@contextmanager
+def _start(command, folder, env=None, **options):
+    "A child that gets the signals of this process, and ends with it"
+    child = _Child(command, folder, env, **options)
+    handlers = {number: signal.signal(number, child.pass_on) for number in _SIGNALS}
+    try:
+        yield child
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        _end(child.process)
+
+# %% ../nbs/83_server.ipynb #c83027
 def _port_error(error, host, port):
     "What to do about a port"
     import errno
@@ -181,7 +190,7 @@ def check_port(
     except OSError as e:
         raise OSError(_port_error(e, host, port)) from None
 
-# %% ../nbs/83_server.ipynb #c83030
+# %% ../nbs/83_server.ipynb #c83031
 EXAMPLE = "Red Ceramic Mug" # the title in printed requests
 
 def _sampling_defaults(model):
@@ -199,7 +208,7 @@ def request(
     messages = chat_messages(title.strip())
     return {"model": Path(model).resolve().name, "messages": messages, **_sampling_defaults(model)}
 
-# %% ../nbs/83_server.ipynb #c83031
+# %% ../nbs/83_server.ipynb #c83032
 def usage_text(
     engine:str, # that answers
     model:str|Path, # the folder of a merged model
@@ -216,7 +225,7 @@ def usage_text(
         f"answer = client.chat.completions.create(\n    {arguments})",
         "print(answer.choices[0].message.content)", ""])
 
-# %% ../nbs/83_server.ipynb #c83034
+# %% ../nbs/83_server.ipynb #c83035
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1",
             "VLLM_NO_USAGE_STATS": "1"}
 
@@ -239,7 +248,7 @@ def _warnings(adapter, host):
         yield (f"The adapter was trained with {n} sources per title, which the client puts into the prompt: "
                "see descgen.server.Client.")
 
-# %% ../nbs/83_server.ipynb #c83035
+# %% ../nbs/83_server.ipynb #c83036
 def serve(
     adapter:str|Path, # the adapter's folder
     port:int=8000, # to listen at
@@ -247,7 +256,7 @@ def serve(
     engine:str="auto", # one of `ENGINES`
     out:str|Path|None=None, # the folder of the merged model; None: `merged` beside the adapter
 )->int: # exit status, after a signal 128 and its number as in a shell
-    "Serve an adapter's merged model until the engine ends or a signal comes; OSError or ValueError if it cannot start"
+    "Serve an adapter's merged model until a signal comes; OSError or ValueError if it cannot start, or ends by itself"
     read_adapter_config(adapter)
     engine = choose_engine(engine)
     check_port(host, port)
@@ -255,13 +264,16 @@ def serve(
     for line in _warnings(adapter, host):
         print(line, flush=True)
     command = engine_command(engine, model, host, port)
-    with _Child(command, model.parent, os.environ | _OFFLINE) as child:
+    with _start(command, model.parent, os.environ | _OFFLINE) as child:
         if child.wait(until=lambda: _answers(host, port)) is None:
             address = f"[{host}]" if ":" in host else host
             print(usage_text(engine, model, f"http://{address}:{port}/v1"), flush=True)
-        return child.wait()
+        status = child.wait()
+    if status and not child.signals:
+        raise ChildProcessError(f"{engine} ended with status {status}: the reason is printed above.")
+    return status
 
-# %% ../nbs/83_server.ipynb #c83045
+# %% ../nbs/83_server.ipynb #c83046
 def control_tokens(
     folder:str|Path, # of an adapter or a model
 )->list[str]: # the longest first
@@ -277,7 +289,19 @@ def without_control(
     pattern = "|".join(map(re.escape, tokens))
     return re.sub(pattern, lambda found: f"{found[0][0]} {found[0][1:]}", text) if tokens else text
 
-# %% ../nbs/83_server.ipynb #c83049
+# %% ../nbs/83_server.ipynb #c83050
+def _user_message(title, sources, tokens):
+    "The prompt of the training as a chat message"
+    message, = chat_messages(title.strip(), sources=sources)
+    return message | {"content": without_control(message["content"], tokens)}
+
+def _checked(text, title, sources, checks, with_index):
+    "A text without unsupported sentences; the whole text if there is no index, as `Describer` writes it"
+    if with_index: return verify(text, title, sources, checks)
+    text = text.strip()
+    return Verified(text, locate_claims(text, title, sources, checks))
+
+# %% ../nbs/83_server.ipynb #c83051
 class Client:
     "Asks a server for descriptions, with the sources and the checks of an adapter"
     def __init__(self,
@@ -285,20 +309,18 @@ class Client:
         api, # an `openai.OpenAI` with the server's address
         model:str="merged", # its name at the server
     ):
-        self.api, self.model = api, model
+        self.api, self.model, self.control_tokens = api, model, control_tokens(folder)
         self.n_sources, self.index = open_sources(folder)
         self.checks = catalogue_checks(read_settings(folder), self.index)
-        self.control_tokens = control_tokens(folder)
 
     def describe(self,
         title:str, # of a product
         **options, # of the request, such as `max_tokens` and `temperature`
-    )->Verified: # the sentences whose claims all stand in the title or a source
-        "Ask for a description, and verify it"
+    )->Verified: # what stands nowhere is left out if the adapter was trained with sources
+        "Ask for a description, and check it"
         sources = source_rows(self.index, self.index.nearest([title], self.n_sources))[0] if self.index else []
-        message, = chat_messages(title.strip(), sources=sources)
-        message["content"] = without_control(message["content"], self.control_tokens)
-        answer = self.api.chat.completions.create(model=self.model, messages=[message], **options)
-        choice, usage = answer.choices[0], answer.usage
-        verified = verify(choice.message.content or "", title, sources, self.checks)
-        return replace(verified, n_tokens=usage.completion_tokens, finish_reason=choice.finish_reason)
+        messages = [_user_message(title, sources, self.control_tokens)]
+        answer = self.api.chat.completions.create(model=self.model, messages=messages, **options)
+        choice = answer.choices[0]
+        checked = _checked(choice.message.content or "", title, sources, self.checks, bool(self.index))
+        return replace(checked, n_tokens=answer.usage.completion_tokens, finish_reason=choice.finish_reason)

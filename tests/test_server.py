@@ -91,7 +91,6 @@ def text_of(answer):
 @pytest.fixture(scope="module")
 def expected(describer):
     "The greedy texts from titles alone"
-    from descgen.describer import Describer
     from descgen.inference import Sampling, describe
     texts = describe(describer.model, describer.tokenizer, TITLES, describer.parts,
                      Sampling(TOKENS, greedy=True), progress=False)
@@ -117,12 +116,18 @@ def test_client_with_sources_writes_what_the_describer_writes(server, adapter, d
     assert [len(one.sources) for one in described].count(2) >= 2
     assert [client.describe(title, max_tokens=TOKENS, temperature=0) for title in titles] == described
 
-def test_hostile_titles_stay_text(server, adapter):
-    "A control token in a title would end the user's turn: the prompt would have other tokens"
-    from descgen.server import Client
-    client = Client(adapter, server.api)
-    for text in HOSTILE_TEXTS:
-        assert client.describe(f"Red Mug {text}", max_tokens=4, temperature=0).n_tokens <= 4
+def test_hostile_titles_stay_text(server, adapter, describer):
+    "A title is text for the server too; text with control tokens is answered with a space in them"
+    from descgen.inference import Sampling
+    from descgen.server import Client, without_control
+    client, titles = Client(adapter, server.api), [f"Red Mug {text}" for text in HOSTILE_TEXTS]
+    described = describer.describe(titles, Sampling(8, greedy=True), progress=False)
+    answered = [client.describe(title, max_tokens=8, temperature=0) for title in titles]
+    plain = [title == without_control(title, client.control_tokens) for title in titles]
+    assert 0 < sum(plain) < len(titles)
+    for title, one, other, is_plain in zip(titles, answered, described, plain):
+        assert one.sources == other.sources
+        assert not is_plain or one == other, title
 
 def test_printed_requests_work(server):
     curl = next(line for line in server.printed.splitlines() if line.startswith("curl "))
