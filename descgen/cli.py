@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'RootOption', 'NotebookOption', 'NOTEBOOK', 'TitleField', 'ContentField', 'Encoding', 'Output',
            'Input', 'Titles', 'Fill', 'Greedy', 'BatchSize', 'Verify', 'Strict', 'NSources', 'Dtype', 'Pairs',
-           'Recipes', 'Run', 'check', 'evaluate', 'export', 'generate', 'run', 'resume', 'runs', 'sweep', 'diff',
-           'repeat']
+           'Recipes', 'Run', 'check', 'evaluate', 'export', 'generate', 'serve', 'run', 'resume', 'runs', 'sweep',
+           'diff', 'repeat']
 
 # %% ../nbs/90_cli.ipynb #ecbab937
 import json, shlex, sys
@@ -257,6 +257,22 @@ def generate(
     from dataclasses import asdict
     shown = {**asdict(outcome), "output": str(outcome.output), "rejected": outcome.rejected}
     typer.echo(to_json(shown) if as_json else f"{outcome}\n{output}")
+
+# %% ../nbs/90_cli.ipynb #6435e374
+@app.command("serve")
+def serve(
+    adapter:Annotated[Path, typer.Option(help="The adapter's folder, inside its run's folder")],
+    port:Annotated[int, typer.Option(min=1, max=65535, help="The port to listen at")]=8000,
+    host:Annotated[str, typer.Option(help="The address to listen at; others than this machine reach 0.0.0.0")]="127.0.0.1",
+    engine:Annotated[str, typer.Option(help="auto (vllm if it is installed), transformers or vllm")]="auto",
+    out:Annotated[Path|None, typer.Option(
+        help="The folder of the merged model, written if it is missing; else merged beside the adapter")]=None,
+):
+    "Serve an adapter's merged model through the API of OpenAI's clients"
+    with _exit_on_error("Not served"):
+        from descgen.server import serve
+        status = serve(adapter, port, host, engine, out)
+    raise typer.Exit(status)
 
 # %% ../nbs/90_cli.ipynb #245b2304
 def _yaml_problem(error):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['N_ROWS', 'MAX_COST', 'TYPES', 'completion_logits', 'Parity', 'measure_parity', 'limits', 'check_parity',
            'round_weight', 'count_matrices', 'merge', 'choose_type', 'write_gguf', 'ollama_template', 'loading_code',
-           'read_export', 'read_with_llama_cpp', 'export', 'push']
+           'read_export', 'read_with_llama_cpp', 'export', 'check_export', 'push']
 
 # %% ../nbs/81_export.ipynb #0785194a
 import importlib.util, inspect, json, os, shutil, subprocess, sys, tempfile, uuid
@@ -755,7 +755,9 @@ def _hashes(folder):
     return {p.relative_to(folder).as_posix(): sha256_file(p) for p in paths}
 
 # %% ../nbs/81_export.ipynb #48e49033
-def _check_unchanged(folder):
+def check_export(
+    folder:Path, # from `export`
+)->dict: # content of `export.json`
     "What `export.json` says; ValueError if the folder is no export or was changed"
     try:
         about = json.loads((folder/"export.json").read_text(encoding="utf-8"))
@@ -775,7 +777,7 @@ def push(
 )->list[tuple[str, int]]: # name and bytes of each file
     "Upload an export to the Hugging Face hub; its README.md may be edited before, other files may not"
     folder = Path(folder)
-    about = _check_unchanged(folder)
+    about = check_export(folder)
     if licence_of(about["base"]) == "llama3.2" and not name.split("/")[-1].lower().startswith("llama"):
         raise ValueError(f"{name}: the licence of Llama 3.2 wants a name that begins with Llama, such as "
                          "llama-descriptions.")
