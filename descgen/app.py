@@ -567,12 +567,13 @@ CSS = """
 .dg-card h4, .dg-card p {margin: 0 0 .25em}
 .dg-card p {max-height: 9em; overflow: auto}
 .dg-sides {display: grid; gap: .75em; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18em), 1fr))}
-.dg-panel {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .75em !important}
+.dg-panel {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .75em !important; gap: 0 !important}
 .dg-panel h3, .dg-head h1 {margin: 0 0 .25em}
 .dg-head {display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1em}
 .dg-head a, .dg-scroll a {text-decoration: underline}
 .dg-scroll {overflow: auto; max-width: 100%}
-.dg-scroll th, .dg-scroll td {text-align: left; padding: .25em .75em .25em 0; white-space: nowrap}
+.dg-scroll th, .dg-scroll td {text-align: left; padding: .25em .75em .25em 0; white-space: nowrap; border: 0;
+  border-bottom: 1px solid var(--border-color-primary)}
 .dg-bar {width: 100%}
 :focus-visible {outline: 2px solid #3b82f6 !important; outline-offset: 2px}
 """
