@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'RootOption', 'NotebookOption', 'NOTEBOOK', 'TitleField', 'ContentField', 'Encoding', 'Output',
            'Input', 'Titles', 'Fill', 'Greedy', 'BatchSize', 'Verify', 'Strict', 'NSources', 'Dtype', 'Pairs',
-           'Recipes', 'Run', 'check', 'evaluate', 'export', 'generate', 'serve', 'run', 'resume', 'runs', 'sweep',
-           'diff', 'repeat']
+           'Recipes', 'Run', 'check', 'evaluate', 'export', 'generate', 'serve', 'open_app', 'run', 'resume', 'runs',
+           'sweep', 'diff', 'repeat']
 
 # %% ../nbs/90_cli.ipynb #ecbab937
 import json, shlex, sys
@@ -273,6 +273,22 @@ def serve(
         from descgen.server import serve
         status = serve(adapter, port, host, engine, out)
     raise typer.Exit(status)
+
+# %% ../nbs/90_cli.ipynb #71a947ad
+@app.command("app")
+def open_app(
+    adapter:Annotated[Path, typer.Option(help="The adapter's folder")],
+    host:Annotated[str, typer.Option(help="The address to listen on; 127.0.0.1: only this machine")]="127.0.0.1",
+    port:Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")]=7860,
+    root:Annotated[Path, typer.Option("--runs", help="The folder of runs")]=RUNS,
+):
+    "Open a page in the browser: base and fine-tuned side by side, files of titles, runs, blind test"
+    with _exit_on_error("Not opened"):
+        try:
+            from descgen.app import serve
+        except ModuleNotFoundError as e:
+            raise ValueError(f"the page needs {e.name}: pip install gradio") from None
+        serve(adapter, host, port, root)
 
 # %% ../nbs/90_cli.ipynb #245b2304
 def _yaml_problem(error):

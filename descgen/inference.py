@@ -263,9 +263,10 @@ def finish_reason(
 
 # %% ../nbs/50_inference.ipynb #5c715f90
 def _generate_in_thread(model, arguments):
-    "Start `generate` in a thread that ends its streamer; returns the thread, and lists for its result and its error"
-    from threading import Thread
-    results, errors = [], []
+    "Start `generate` in a thread that ends its streamer; returns the thread, an event that stops it, its result and error"
+    from threading import Event, Thread
+    results, errors, stop = [], [], Event()
+    arguments = arguments | {"stopping_criteria": [lambda ids, scores, **_: stop.is_set()]}
     def generate():
         "Generate into the streamer and store the result or an error"
         try:
@@ -276,7 +277,7 @@ def _generate_in_thread(model, arguments):
             arguments["streamer"].end()
     thread = Thread(target=generate)
     thread.start()
-    return thread, results, errors
+    return thread, stop, results, errors
 
 # %% ../nbs/50_inference.ipynb #820ccfe7
 def stream(
@@ -297,9 +298,12 @@ def stream(
     prompt = prompt_ids(title, tokenizer, parts or template_parts(tokenizer), sources or ())
     batch = _left_pad([prompt], tokenizer, layer_device(model))
     arguments = _generation_arguments(tokenizer, sampling, _noise_for(1, sampling), batch)
-    thread, results, errors = _generate_in_thread(model, arguments | {"streamer": streamer})
-    yield from streamer
-    thread.join()
+    thread, stop, results, errors = _generate_in_thread(model, arguments | {"streamer": streamer})
+    try:
+        yield from streamer
+    finally: # also if the generator is closed before the end
+        stop.set()
+        thread.join()
     if errors: raise errors[0]
     new = results[0][0, len(prompt):].tolist()
     return _truncate_at_eos(new, tokenizer.eos_token_id)

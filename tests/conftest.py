@@ -14,6 +14,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; `make test-slow` runs these")
     config.addinivalue_line("markers", "long: not even by `make test-slow`; `python -m pytest -m long tests` runs these")
+    config.addinivalue_line("markers", "browser: opens Chromium; skipped where there is none")
 
 def pytest_report_header(config):
     return f"seed of the kills: {config.getoption('seed')}"
