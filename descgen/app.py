@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOCALES', 'TEXTS', 'VOTES', 'CSS', 'LOCAL', 'texts_in', 'choose_locale', 'as_html', 'text_html', 'sources_html',
            'Limits', 'Refused', 'check_title', 'RateLimit', 'Writer', 'Wishes', 'Pair', 'write_pair', 'pair_as_json',
-           'read_titles', 'generate', 'write_results', 'runs_html', 'run_folder', 'comparison_html', 'judged_runs',
-           'Question', 'next_question', 'question_html', 'Page', 'as_wishes', 'build_page', 'refuse_request', 'Guard',
+           'read_titles', 'write_file', 'runs_html', 'run_folder', 'comparison_html', 'judged_runs', 'Question',
+           'next_question', 'question_html', 'Page', 'as_wishes', 'build_page', 'refuse_request', 'Guard',
            'choose_page', 'create_app', 'sample_titles', 'serve']
 
 # %% ../nbs/82_app.ipynb #7e959900
@@ -18,15 +18,16 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
 import gradio as gr
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 
+from .batches import BatchSettings, generate_steps, Outcome
 from .blind_test import pairs_to_judge, save_vote, score_votes
-from .files import to_json, to_jsonl, write_text
+from .files import to_json
 from .inference import Sampling, open_sources
 from .metrics import BASE, TUNED
 from .model import read_adapter_config
@@ -113,6 +114,7 @@ TEXTS |= { # the tab of files
     "write_file": ("Write all", "Escrever todos"),
     "results": ("Download results", "Baixar resultados"),
     "progress": ("{n:,} of {total:,} titles", "{n:,} de {total:,} títulos"),
+    "rejected": ("Titles without a description: {n:,} ({reasons}).", "Títulos sem descrição: {n:,} ({reasons})."),
     "no_file": ("Choose a file first.", "Escolha um arquivo primeiro."),
     "no_title": ("The file contains no title.", "O arquivo não contém títulos."),
     "no_column": ("The file has no column \"title\".", "O arquivo não tem uma coluna \"title\"."),
@@ -434,30 +436,18 @@ def read_titles(
     return [title for _, title in found]
 
 # %% ../nbs/82_app.ipynb #33caf4a9
-def generate(
+def write_file(
     describer, # a `Describer`
     titles:list[str], # from `read_titles`
+    output:str|Path, # `.jsonl`
     wishes:Wishes, # its title is not used
-): # yields lists of `Verified`
-    "Describe titles batch by batch"
+): # yields how many titles are finished; at the end the `Outcome`
+    "Describe titles batch by batch into a file"
     describer = _with_sources(describer, wishes.n_sources)
-    size = wishes.sampling.batch_size
-    for start in range(0, len(titles), size):
-        yield describer.describe(titles[start:start + size], wishes.sampling, verify=wishes.verify,
-            strict=wishes.strict, progress=False)
-
-def write_results(
-    path:str|Path, # `.jsonl`; it is replaced if it exists
-    titles:list[str],
-    written:list[Verified], # one per title
-)->Path: # the same path
-    "Titles and texts as JSON Lines"
-    rows = []
-    for title, found in zip(titles, written):
-        own = asdict(found)
-        own["sources"] = [source["uid"] for source in found.sources]
-        rows.append({"title": title, **own})
-    return write_text(path, to_jsonl(rows))
+    settings = BatchSettings(wishes.sampling, verify=wishes.verify, strict=wishes.strict)
+    steps = generate_steps(describer, titles, output, settings, batches_per_step=1)
+    outcome = yield from _pairs(steps, lambda step: step[0])
+    yield outcome
 
 # %% ../nbs/82_app.ipynb #c544fa3c
 def _number(value): return "" if value is None else f"{value:.4g}"
@@ -744,23 +734,28 @@ def _bar_html(n, total, texts):
     return (f'{_status_html(texts["progress"].format(n=n, total=total))}'
             f'<progress class="dg-bar" value="{n}" max="{total}"></progress>')
 
+def _file_html(found, total, texts):
+    "The state of a file: a key of `TEXTS`, how many titles are finished, or the outcome"
+    if isinstance(found, str): return _status_html(texts[found])
+    if not isinstance(found, Outcome): return _bar_html(found, total, texts)
+    bar = _bar_html(found.described, total, texts)
+    if not found.rejected: return bar
+    reasons = "; ".join(f"{n} × {reason}" for reason, n in found.reasons.items())
+    return bar + _note(as_html(texts["rejected"].format(n=found.rejected, reasons=reasons)))
+
 def _describe_file(page, path, *settings):
-    "Yield the state and the file of results while a file is described"
-    texts, written = page.texts, []
+    "Yield the state and the file of results while a file is described; the file exists until the next step"
     try:
         if not path: raise Refused("no_file")
         titles, wishes = read_titles(path, page.limits), as_wishes(page.limits, "", *settings)
-        yield _bar_html(0, len(titles), texts), None
-        for found in page.writer.use(lambda describer: generate(describer, titles, wishes)):
-            if isinstance(found, str):
-                yield _status_html(texts[found]), None
-                continue
-            written += found
-            yield _bar_html(len(written), len(titles), texts), None
-        results = write_results(Path(mkdtemp())/"descriptions.jsonl", titles, written)
-        yield _bar_html(len(titles), len(titles), texts), str(results)
+        yield _bar_html(0, len(titles), page.texts), None
+        with TemporaryDirectory() as folder:
+            output = Path(folder)/"descriptions.jsonl"
+            for found in page.writer.use(lambda describer: write_file(describer, titles, output, wishes)):
+                results = str(output) if isinstance(found, Outcome) else None
+                yield _file_html(found, len(titles), page.texts), results
     except Exception as e:
-        yield _error_html(e, texts), None
+        yield _error_html(e, page.texts), None
 
 # %% ../nbs/82_app.ipynb #7c4ed378
 def _file_tab(page, settings):

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'BATCHES_PER_LINE', 'KINDS', 'GENERATED', 'BatchSettings', 'Row', 'output_kind', 'Outcome', 'output_paths',
-           'check_output', 'generate']
+           'check_output', 'generate_steps', 'generate']
 
 # %% ../nbs/80_batches.ipynb #e0f30d25
 import csv, json, os, platform, shutil, sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby, islice
@@ -21,11 +21,9 @@ from filelock import FileLock, Timeout
 
 from descgen.data import (choose_encoding, inspect_file, open_parquet, read_records, Record,
     Source)
-from .files import flush_to_disk, sha256_file, short_path, to_json, write_text
-from .formatting import prompt_ids
+from .files import flush_to_disk, sha256_file, to_json, write_text
 from .inference import Sampling
 from .json_lines import object_to_row, read_blocks, rejection
-from .model import adapter_hash, model_fingerprint
 
 # %% ../nbs/80_batches.ipynb #568f2563
 @dataclass(frozen=True)
@@ -160,23 +158,12 @@ def _versions():
             found[name] = None # used from a folder
     return found
 
-def _adapter_entries(describer):
-    "What identifies an adapter, its base and its index of sources"
-    from descgen.layers import layer_device
-    model = describer.model
-    return {"adapter": short_path(str(describer.folder)),
-        "adapter_sha256": adapter_hash(describer.folder),
-        "base": model_fingerprint(model, describer.tokenizer),
-        "dtype": str(model.dtype).removeprefix("torch."), "device": layer_device(model).type,
-        "max_seq_length": describer.max_seq_length, "sources": describer.n_sources,
-        "sources_hash": describer.index.hash if describer.index else None}
-
 # %% ../nbs/80_batches.ipynb #d5fb84b2
 def _settings_entries(describer, path, name, settings):
     "All that the texts depend on, for the file of settings"
     own = asdict(settings)
     own["verify"] = describer.verifies(settings.verify)
-    return {"format": 1, **_adapter_entries(describer), **own,
+    return {"format": 1, **describer.identity(), **own,
         "input": name, "input_sha256": sha256_file(path), "versions": _versions()}
 
 # between the calls that begin and continue an output
@@ -283,12 +270,6 @@ def _open_partial(path, entries, overwrite):
 # %% ../nbs/80_batches.ipynb #99c9c62e
 WINDOW = 4096 # rows that are sorted by length together
 
-def _prompt_lengths(describer, rows):
-    "The tokens of each row's prompt, sources included"
-    titles = [row.title for row in rows]
-    return [len(prompt_ids(title, describer.tokenizer, describer.parts, sources))
-            for title, sources in zip(titles, describer.sources_of(titles))]
-
 def _reject_too_long(rows, lengths, describer, settings):
     "The rows with those rejected whose prompts leave no room for a text"
     room = describer.max_seq_length - settings.sampling.max_new_tokens
@@ -306,7 +287,7 @@ def _reject_too_long(rows, lengths, describer, settings):
 def _sort_window(window, describer, settings):
     "The rows to write, those with the longest prompts first, and the rejected rows"
     rows = [row for row in window if row.state == "write"]
-    lengths = _prompt_lengths(describer, rows)
+    lengths = describer.prompt_lengths([row.title for row in rows])
     rows = _reject_too_long(rows, lengths, describer, settings)
     order = sorted(range(len(rows)), key=lambda i: -lengths[i])
     writable = [rows[i] for i in order if rows[i].state == "write"]
@@ -340,24 +321,24 @@ def _write_rows(describer, rows, settings):
 # %% ../nbs/80_batches.ipynb #8dcc97f1
 BATCHES_PER_LINE = 4
 
-def _chunks(rows, settings):
+def _chunks(rows, settings, batches):
     "Lists of rows that are written together; at least one, which may be empty"
-    size = max(1, BATCHES_PER_LINE*settings.sampling.batch_size//settings.alternatives)
+    size = max(1, (batches or BATCHES_PER_LINE)*settings.sampling.batch_size//settings.alternatives)
     return [rows[start:start + size] for start in range(0, max(1, len(rows)), size)]
 
-def _write_window(number, window, partial, describer, settings):
-    "Write the missing rows of a window; yields how many are finished after each line"
+def _write_window(number, window, partial, describer, settings, batches):
+    "Write the missing rows of a window; yields after each line"
     begun = number == partial.window
     finished = partial.numbers if begun else set()
     rows, rejected = _sort_window(window, describer, settings)
     rejected = [] if begun else [_rejected_entry(row) for row in rejected]
     missing = [row for row in rows if row.number not in finished]
     if begun and not missing: return
-    for chunk in _chunks(missing, settings):
+    for chunk in _chunks(missing, settings, batches):
         results = _write_rows(describer, chunk, settings) if chunk else []
         _append(partial, {"window": number, "rejected": rejected, "results": results})
         rejected = []
-        yield len(chunk)
+        yield
 
 # %% ../nbs/80_batches.ipynb #eb8d3904
 def _count_rows(source, settings):
@@ -365,16 +346,13 @@ def _count_rows(source, settings):
     states = Counter(row.state for row in _read_rows(source, settings.fill))
     return states.total(), states["write"]
 
-def _write_missing(source, partial, describer, settings, n_rows, progress):
-    "Write all rows that have no results"
-    from tqdm import tqdm
-    windows = enumerate(_windows(_read_rows(source, settings.fill), WINDOW))
-    with tqdm(total=n_rows, initial=partial.rows, desc="describing", unit="title", delay=2,
-            disable=not progress) as bar:
-        for number, window in windows:
-            if number < partial.window: continue
-            for n in _write_window(number, window, partial, describer, settings):
-                bar.update(n)
+def _write_missing(source, partial, describer, settings, batches):
+    "Write all rows that have no results; yields how many have after each line"
+    yield partial.rows
+    for number, window in enumerate(_windows(_read_rows(source, settings.fill), WINDOW)):
+        if number < partial.window: continue
+        for _ in _write_window(number, window, partial, describer, settings, batches):
+            yield partial.rows
 
 # %% ../nbs/80_batches.ipynb #472e24d1
 def _finished_windows(path):
@@ -670,16 +648,16 @@ def _write_output(output, partial, source, entries, settings):
     return reasons
 
 # %% ../nbs/80_batches.ipynb #4d0df973
-def generate(
+def generate_steps(
     describer, # a `Describer`
     input:str|Path|list[str], # a file of titles, "-" for standard input, or titles
     output:str|Path, # `.jsonl`, `.csv`, `.tsv` or `.parquet`
     settings:BatchSettings=BatchSettings(), # what is written for each title
     *,
     overwrite:bool=False, # replace an output that exists
-    progress:bool=True, # show a progress bar
-)->Outcome: # numbers of rows
-    "Describe all titles of a file; continues an interrupted call with the same settings"
+    batches_per_step:int|None=None, # between two yields; None: `BATCHES_PER_LINE`
+): # yields numbers of finished rows and of all rows to write; returns the `Outcome`
+    "Describe all titles of a file step by step; closed between two steps, it can be continued later"
     output, paths = Path(output), output_paths(output)
     check_output(output, overwrite)
     with _exclusive(paths["partial"]), _as_file(input) as (path, name):
@@ -690,7 +668,31 @@ def generate(
         n_read, n_rows = _count_rows(source, settings)
         if not n_read: raise ValueError(f"{name} contains no title.")
         partial = _open_partial(paths["partial"], entries, overwrite)
-        _write_missing(source, partial, describer, settings, n_rows, progress)
+        for finished in _write_missing(source, partial, describer, settings, batches_per_step):
+            yield finished, n_rows
         reasons = _write_output(output, partial, source, entries, settings)
     kept = n_read - partial.rows - sum(reasons.values())
     return Outcome(output, n_read, partial.rows, kept, reasons)
+
+# %% ../nbs/80_batches.ipynb #b0fa1663
+def generate(
+    describer, # a `Describer`
+    input:str|Path|list[str], # a file of titles, "-" for standard input, or titles
+    output:str|Path, # `.jsonl`, `.csv`, `.tsv` or `.parquet`
+    settings:BatchSettings=BatchSettings(), # what is written for each title
+    *,
+    overwrite:bool=False, # replace an output that exists
+    progress:bool=True, # show a progress bar
+)->Outcome: # numbers of rows
+    "Describe all titles of a file; continues an interrupted call with the same settings"
+    from tqdm import tqdm
+    steps = generate_steps(describer, input, output, settings, overwrite=overwrite)
+    with closing(steps):
+        finished, total = next(steps)
+        with tqdm(total=total, initial=finished, desc="describing", unit="title", delay=2,
+                disable=not progress) as bar:
+            try:
+                while True:
+                    bar.update(next(steps)[0] - bar.n)
+            except StopIteration as end:
+                return end.value

@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from .claims import LANGUAGES, common_words, detect_language
+from .files import short_path
 from .formatting import prompt_ids, template_parts
 from descgen.inference import (
     complete, finish_reason, load_adapter, open_sources, read_settings, Sampling, seeded_noise,
     stream)
+from .model import adapter_hash, model_fingerprint
 from .sources import source_rows
 from .verified import (
     Checks, describe_verified, locate_claims, stream_verified, Verified)
@@ -82,6 +84,23 @@ class Describer:
         titles = _check_titles(titles)
         if not self.n_sources: return [[] for _ in titles]
         return source_rows(self.index, self.index.nearest(titles, self.n_sources))
+
+    def prompt_lengths(self,
+        titles:list[str], # any texts
+    )->list[int]: # in tokens
+        "The length of each title's prompt, sources included"
+        return [len(prompt_ids(title, self.tokenizer, self.parts, own))
+                for title, own in zip(titles, self.sources_of(titles))]
+
+    def identity(self)->dict: # names and hashes
+        "What identifies the adapter, its base and its index of sources"
+        from descgen.layers import layer_device
+        return {"adapter": short_path(str(self.folder)), "adapter_sha256": adapter_hash(self.folder),
+            "base": model_fingerprint(self.model, self.tokenizer),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": layer_device(self.model).type,
+            "max_seq_length": self.max_seq_length, "sources": self.n_sources,
+            "sources_hash": self.index.hash if self.index else None}
 
     def verifies(self,
         verify:bool|None=None, # as in `describe`

@@ -24,7 +24,7 @@ class AppModel:
 
 class AppDescriber:
     "Describes each title with two supported sentences and one that is not"
-    n_sources, trained_with_sources = 2, True
+    n_sources, trained_with_sources, max_seq_length = 2, True, 2048
 
     def __init__(self, seconds=0., sources=SOURCES): # between two words; the sources of each title
         self.model, self.seconds, self.sources = AppModel(), seconds, sources
@@ -32,6 +32,15 @@ class AppDescriber:
 
     def sources_of(self, titles):
         return [self.sources[:self.n_sources] for _ in titles]
+
+    def identity(self):
+        return {"adapter": "fixed texts", "sources": self.n_sources}
+
+    def prompt_lengths(self, titles):
+        return list(map(len, titles))
+
+    def verifies(self, verify=None):
+        return self.trained_with_sources if verify is None else verify
 
     def draft(self, title):
         if self.model.name == "base":
@@ -45,7 +54,7 @@ class AppDescriber:
         claims = locate_claims(self.draft(title), title, sources)
         return Verified(self.draft(title), claims, sources=tuple(sources))
 
-    def describe(self, titles, sampling=Sampling(), *, verify=None, strict=False, progress=True):
+    def describe(self, titles, sampling=Sampling(), *, verify=None, strict=False, keys=None, progress=True):
         time.sleep(self.seconds)
         return [self.finish(title, verify) for title in titles]
 
