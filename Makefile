@@ -19,7 +19,7 @@ NAME   := $(if $(CUDA),gpu,cpu)
 RUN    := outputs/runs/latest
 ARGS   ?=
 
-.PHONY: run test test-slow processors sync pages readme lab
+.PHONY: run test test-slow test-long test-browser processors sync pages readme lab
 
 # Each run has a folder of its own in outputs/runs; `latest` is the one that finished last.
 run: $(READY)
@@ -29,12 +29,20 @@ run: $(READY)
 
 test: $(READY)
 	@$(ENTER) nbdev_test --timing
-	@$(ENTER) python -m pytest -q -m 'not slow' tests
+	@$(ENTER) python -m pytest -q -m 'not slow and not long and not browser' tests
 	@$(MAKE) --no-print-directory sync
 
 # Tests that take minutes; those of a real run look at the one that `make run` made last.
 test-slow: $(READY)
 	@$(ENTER) python -m pytest -v -m 'slow and not long' tests
+
+# Exports that take several minutes more, and more memory.
+test-long: $(READY)
+	@$(ENTER) python -m pytest -v -m long tests
+
+# The page in Chromium. Where there is none, the tests are skipped, and the last lines say why.
+test-browser: $(READY)
+	@$(ENTER) python -m pytest -v -rs -m browser tests
 
 # The chapters that compute, as on a processor without bf16 arithmetic, and as on a laptop with AVX2.
 OTHERS := UNSLOTH_CPU_BF16=0 'ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2'

@@ -14,7 +14,7 @@ if len(sys.argv) > 1:
     site.describer = Describer(sys.argv[1])
 site.load()
 with sync_playwright() as playwright:
-    browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
     page = browser.new_page(viewport={"width": 1000, "height": 700})
     page.goto(f"{site.url}/en/")
     page.locator("#dg-input textarea, #dg-input input").fill("Red enamel mug, 350 ml")

@@ -13,8 +13,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; `make test-slow` runs these")
-    config.addinivalue_line("markers", "long: not even by `make test-slow`; `python -m pytest -m long tests` runs these")
-    config.addinivalue_line("markers", "browser: opens Chromium; skipped where there is none")
+    config.addinivalue_line("markers", "long: takes several minutes more than slow; `make test-long` runs these")
+    config.addinivalue_line("markers", "browser: opens Chromium, skipped where there is none; `make test-browser` runs these")
 
 def pytest_report_header(config):
     return f"seed of the kills: {config.getoption('seed')}"
