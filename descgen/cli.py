@@ -206,7 +206,9 @@ def _generate(adapter, input, output, settings, sources, dtype, overwrite):
     "Load the adapter and describe the input; progress goes to standard error"
     import contextlib
     from descgen.batches import check_output, generate
+    from descgen.model import read_adapter_config
     check_output(output, overwrite) # first: loading a model takes longer
+    read_adapter_config(adapter)
     with contextlib.redirect_stdout(sys.stderr), _continuable(output):
         from descgen.describer import Describer
         describer = Describer(adapter, "auto" if sources is None else sources, dtype=dtype)
