@@ -15,6 +15,7 @@ from .files import (flush_to_disk, load_manifest, short_path, update_manifest,
     verify_checksums, write_manifest, write_text)
 from .formatting import INSTRUCTION
 from .model import EMBEDDED, LLAMA, adapter_hash, has_cuda, plain_peft_code
+from .probability import fit_probability
 from .recipe import Recipe, without_unused
 
 # %% ../nbs/43_checkpoints.ipynb #3f32bf24
@@ -194,6 +195,8 @@ def _write_settings(folder, dtype, grounding):
         settings["language"] = grounding.language
     if grounding and grounding.sources:
         settings |= {"sources": grounding.n_sources, "sources_hash": grounding.sources.hash}
+        probability = fit_probability(grounding)
+        if probability: settings["claim_probability"] = [probability.slope, probability.intercept]
         shutil.copytree(grounding.sources.folder, folder/"sources")
     if settings: write_text(folder/"descgen.json", json.dumps(settings) + "\n")
 

@@ -6,6 +6,7 @@
 __all__ = ['catalogue_checks', 'Describer']
 
 # %% ../nbs/52_describer.ipynb #55c8ceaa
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +18,31 @@ from descgen.inference import (
     complete, finish_reason, load_adapter, open_sources, read_settings, Sampling, seeded_noise,
     stream)
 from .model import adapter_hash, model_fingerprint
+from .probability import ClaimProbability
 from .sources import source_rows
 from .verified import (
     Checks, describe_verified, locate_claims, stream_verified, Verified)
 
 # %% ../nbs/52_describer.ipynb #a0868c75
+def _stored_probability(settings, index):
+    "The stored probability of claims; None without an index, or if none is stored; ValueError if it is damaged"
+    numbers = settings.get("claim_probability")
+    if index is None or numbers is None: return None
+    is_pair = isinstance(numbers, list) and len(numbers) == 2
+    if is_pair and all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+        return ClaimProbability(index, *numbers)
+    raise ValueError(f"descgen.json: claim_probability must be two numbers. Given: {numbers!r}. "
+                     "Copy the adapter's folder again.")
+
 def catalogue_checks(
     settings:dict, # of the adapter, from `read_settings`
     index, # its sources, from `open_sources`; None: no sources
 )->Checks:
-    "The language and the common words of a catalogue, from an adapter's settings and its index"
+    "Language, common words and probabilities of a catalogue, from an adapter's settings and its index"
     contents = index.rows["content"].slice(0, 2000).to_pylist() if index else []
     language = settings.get("language", detect_language(contents[:200]) if contents else "en")
-    return Checks(language=language if language in LANGUAGES else None, common=frozenset(common_words(contents)))
+    return Checks(language=language if language in LANGUAGES else None, common=frozenset(common_words(contents)),
+                  probability=_stored_probability(settings, index))
 
 # %% ../nbs/52_describer.ipynb #5038f828
 def _whole_text(tokenizer, new, title, sources, checks):
@@ -100,7 +113,8 @@ class Describer:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": layer_device(self.model).type,
             "max_seq_length": self.max_seq_length, "sources": self.n_sources,
-            "sources_hash": self.index.hash if self.index else None}
+            "sources_hash": self.index.hash if self.index else None,
+            "claim_probability": read_settings(self.folder).get("claim_probability") if self.index else None}
 
     def verifies(self,
         verify:bool|None=None, # as in `describe`

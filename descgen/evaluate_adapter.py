@@ -118,6 +118,6 @@ def evaluate_adapter(
                           dtype=compute_dtype(recipe))
     leaked, test_rows = _find_leaked(test, train, recipe.near_threshold), _with_sources(test.to_list(), describer)
     evaluation = evaluate(describer.model, describer.tokenizer, test_rows, train.to_list(), describer.parts, recipe,
-                          leaked=leaked)
+                          leaked=leaked, probability=describer.checks.probability)
     if file: evaluation.file = file | {"scored": len(evaluation.titles)}
     return evaluation

@@ -112,10 +112,10 @@ def _all_places(texts, titles, grounds):
             for name in (TUNED, VERIFIED) if name in texts}
 
 # %% ../nbs/62_evaluation.ipynb #b6240f62
-def _verified_texts(texts, titles, grounds):
-    "The texts without the sentences that have an unsupported claim"
+def _verified_texts(texts, titles, grounds, probability=None):
+    "The texts without the sentences that have an unsupported or unlikely claim"
     from descgen.verified import Checks, verify
-    checks = Checks(language=grounds.language, common=frozenset(grounds.common))
+    checks = Checks(language=grounds.language, common=frozenset(grounds.common), probability=probability)
     return [verify(*own, checks).text for own in zip(texts, titles, grounds.sources)]
 
 # %% ../nbs/62_evaluation.ipynb #a13eaf3b
@@ -320,6 +320,7 @@ def evaluate(
     recipe, # resolved; sets precision, sampling and seed
     *,
     leaked:set=frozenset(), # indices of test rows with a duplicate or near-duplicate in `train`, from `find_leaks`
+    probability=None, # from `fit_probability`: verified texts state no unlikely claim of a source
 )->Evaluation: # without titles if no row can be used
     "Compare base model, fine-tuned model and baselines on the same titles"
     numbers, usable, examples = _encode_usable_rows(rows, tokenizer, parts, recipe)
@@ -328,7 +329,7 @@ def evaluate(
     near = _find_nearest(titles, train)
     sources, grounds = _row_sources(usable), _find_grounds(usable, train, near)
     texts, ended = generate_all(model, tokenizer, titles, parts, recipe, sources)
-    if sources: texts[VERIFIED] = _verified_texts(texts[TUNED], titles, grounds)
+    if sources: texts[VERIFIED] = _verified_texts(texts[TUNED], titles, grounds, probability)
     texts |= baselines(titles, train, near)
     ended = {name: ended.get(name, [True]*len(titles)) for name in texts} # the other texts are complete
     columns = _all_metric_sums(texts, ended, usable, grounds, train)

@@ -18,7 +18,7 @@ from .model import has_cuda, load_model, native_bf16, read_adapter_config, resol
 def read_settings(
     folder:str|Path, # of the adapter
 )->dict: # {} if nothing is stored
-    "What `save_adapter` stored for inference: `dtype`, `sources`, `sources_hash` and `language`"
+    "What `save_adapter` stored: `dtype`, `sources`, `sources_hash`, `language` and `claim_probability`"
     path = Path(folder)/"descgen.json"
     if not path.is_file(): return {}
     try:

@@ -123,9 +123,20 @@ def write_sources(
     return folder
 
 # %% ../nbs/15_sources.ipynb #b2683203
+def _weighted_counts(titles, frequency, n):
+    "Weights of the features of titles"
+    counts = title_counts(titles)
+    counts.data *= inverse_document_frequency(frequency[counts.indices], n)
+    return counts
+
+def _unit_vectors(titles, frequency, n):
+    "The weights of titles, divided by their lengths"
+    from sklearn.preprocessing import normalize
+    return normalize(_weighted_counts(titles, frequency, n))
+
 def _query_weights(titles, frequency, n):
     "Weights of the features of titles; shortened lists are used only if a title has no other feature"
-    counts = title_counts(titles).multiply(inverse_document_frequency(frequency, n)).tocsr()
+    counts = _weighted_counts(titles, frequency, n)
     n_features = np.diff(counts.indptr)
     is_complete = frequency[counts.indices] <= MAX_POSTINGS
     n_complete = np.add.reduceat(np.append(is_complete, False), counts.indptr[:-1])*(n_features > 0)
@@ -246,6 +257,18 @@ class Sources:
             spans = zip(scores.indptr, scores.indptr[1:])
             found += [_best(scores.data[a:b], scores.indices[a:b], k) for a, b in spans]
         return found
+
+    def similarities(self,
+        titles:list[str],
+        found:list[list[int]], # row numbers for each title, from `nearest` or `training_sources`
+    )->list[list[float]]: # cosine of the weights of both titles, 0 to 1
+        "How similar each title is to the titles of its rows"
+        n_found, numbers = [len(rows) for rows in found], [number for rows in found for number in rows]
+        if not numbers: return [[] for _ in titles]
+        own = _unit_vectors(titles, self.frequency, len(self.rows))[np.repeat(np.arange(len(titles)), n_found)]
+        others = _unit_vectors(self.rows["title"].take(numbers).to_pylist(), self.frequency, len(self.rows))
+        cosines = iter(np.asarray(own.multiply(others).sum(axis=1)).ravel().tolist())
+        return [[next(cosines) for _ in rows] for rows in found]
 
 # %% ../nbs/15_sources.ipynb #d87fa88b
 _MORE = 8 # candidates beyond the wanted number, of which near-duplicates are left out

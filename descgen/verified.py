@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from .claims import find_claims, sentences, supporting
 from .formatting import prompt_ids, template_parts, TemplateParts, text_ids
 from .inference import complete, finish_reason, Sampling, seeded_noise, stream
+from .probability import ClaimProbability
 
 # %% ../nbs/51_verified.ipynb #c51006
 @dataclass(frozen=True)
@@ -21,11 +22,20 @@ class Checks:
     attempts:int = 2 # versions of a sentence after the first one
     language:str|None = "en" # of the catalogue, from `detect_language`; None: names are not looked for
     common:frozenset = frozenset() # words that are no names, from `common_words`
+    probability:ClaimProbability|None = None # from `fit_probability`; None: each claim of a source is supported
+    min_probability:float = 0.1 # a less likely claim of a source is unsupported
+
+def _is_unlikely(claim, title, checks):
+    "Whether a claim of a source is unlikely to be true of the product"
+    if checks.probability is None: return False
+    return checks.probability(claim, title, checks.language) < checks.min_probability
 
 def _where(claim, title, sources, checks):
     "The places where a claim stands: `title` and uids of sources; () if it is unsupported"
     places = supporting(claim, title, sources, checks.language)
-    if checks.strict and "title" not in places and len(places) < len(sources): return ()
+    is_only_in_sources = places and "title" not in places
+    if is_only_in_sources and checks.strict and len(places) < len(sources): return ()
+    if is_only_in_sources and _is_unlikely(claim, title, checks): return ()
     return tuple(place if place == "title" else sources[place]["uid"] for place in places)
 
 def _unsupported(text, title, sources, checks):
