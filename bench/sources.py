@@ -4,9 +4,9 @@
 
 For each way and seed the embedded model is fine-tuned and describes all test titles, greedily, in a process of its own;
 its texts are kept, so that an interrupted measurement goes on. `title` is the seed's way; `sources` has similar products
-in the prompt; `supported` also learns only supported sentences. `verified` drops from the texts of `supported` each
-sentence with an unsupported claim, `strict` also each one whose claims are not in the title or in all sources.
-The other ways change one setting of `supported`. The measures are those of `descgen.metrics`. Intervals: paired
+in the prompt; `supported` also learns only supported sentences. `anywhere` drops from the texts of `supported` each
+sentence with an unsupported claim, `verified` also each one with an unlikely claim of a source, `strict` each one whose
+claims are not in the title or in all sources. The other ways change one setting of `supported`. The measures are those of `descgen.metrics`. Intervals: paired
 bootstrap over test titles, with the mean of the seeds.
 """
 import json
@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,21 +34,34 @@ WAYS = { # settings that differ from the notebook's defaults, and `try`: what th
     "nearest_first": SUPPORTED | {"try": "nearest_first"},
     "quarter_whole": SUPPORTED | {"try": "quarter_whole"},
     "marked": SUPPORTED | {"try": "marked"},
-    "masked": {"sources": 2, "try": "masked"}}
+    "masked": {"sources": 2, "try": "masked"},
+    "cosine": SUPPORTED | {"lr_scheduler_type": "cosine"},
+    "cosine_1e3": SUPPORTED | {"lr_scheduler_type": "cosine", "learning_rate": 1e-3},
+    "pairs": SUPPORTED | {"lr_scheduler_type": "cosine", "learning_rate": 1e-3, "num_train_epochs": 2, "try": "pairs"}}
+CHECKED = { # texts that are checked after they were written: way, and settings of `Checks`
+    "anywhere": ("supported", {"min_probability": 0.0}), "verified": ("supported", {}),
+    "strict": ("supported", {"strict": True}), "cosine_verified": ("cosine", {}), "pairs_verified": ("pairs", {})}
+SAME_WAY = [name for name, (way, _) in CHECKED.items() if way == "supported"]
 MAIN = ("title", "sources", "supported")
 BASES = {"title": "base", "sources": "base_sources"} # ways whose prompts the base model answers too
 MEASURES = ("chrF", "false_claims", "unsupported_claims", "claim_recall")
 LABELS = {"nearest": "nearest title's description", "base": "base model", "base_sources": "base model with sources",
           "title": "fine-tuned on titles", "sources": "fine-tuned with sources",
-          "supported": "fine-tuned with sources and supported targets", "verified": "the same, verified",
-          "strict": "the same, strict", "title_supported": "fine-tuned on titles, supported targets",
+          "supported": "fine-tuned with sources and supported targets", "anywhere": "the same, unsupported claims left out",
+          "verified": "the same, verified: unlikely claims left out too", "strict": "the same, strict", "title_supported": "fine-tuned on titles, supported targets",
           "one_source": "one source instead of two", "four_sources": "four sources",
           "chars_200": "200 characters of each source instead of 400", "chars_800": "800 characters",
           "nearest_first": "the nearest source first instead of last",
           "quarter_whole": "a quarter of the targets whole",
           "marked": "half of the targets whole, the others asked for by a marker in the title",
-          "masked": "whole targets, no loss on unsupported sentences"}
-COMPARED = ("nearest", "base", "base_sources", "title", "sources", "supported", "verified", "strict")
+          "masked": "whole targets, no loss on unsupported sentences",
+          "cosine": "sources, supported targets, and a learning rate that decays to 0 (cosine)",
+          "cosine_verified": "the same, verified (cosine)",
+          "cosine_1e3": "cosine from 1e-3 instead of 2e-3",
+          "pairs": "cosine from 1e-3, each row with three pairs of its three nearest sources, two epochs",
+          "pairs_verified": "the same, verified"}
+COMPARED = ("nearest", "base", "base_sources", "title", "sources", "supported", *SAME_WAY,
+            "cosine", "cosine_verified")
 NAMES = ("abt", "three", "small", "sample", "books")
 
 def add_options(parser):
@@ -95,7 +109,9 @@ def make_grounding(data, recipe, tried):
                 return [{**row, "sources": row["sources"][::-1]} for row in rows]
             return rows
         def training_rows(self, rows, numbers):
-            "A share of the rows keeps its whole content"
+            "A share of the rows keeps its whole content, or each row occurs with three pairs of sources"
+            if tried == "pairs":
+                return supported_rows_of_pairs(self, rows, numbers)
             kept, removed, rejected = super().training_rows(rows, numbers)
             every = {"quarter_whole": 4, "marked": 2}.get(tried)
             whole = {row["uid"]: row for row in rows}
@@ -104,6 +120,18 @@ def make_grounding(data, recipe, tried):
                         for i, row in enumerate(kept)]
             return kept, removed, rejected
     return Tried(**{field.name: getattr(grounding, field.name) for field in dataclasses.fields(Grounding)})
+
+def supported_rows_of_pairs(grounding, rows, numbers):
+    "Each row three times: with the first and second, the first and third, the second and third of its sources"
+    import random
+    from descgen.sources import source_rows, training_sources
+    from descgen.targets import _supported_rows
+    found, copies = training_sources(grounding.sources, list(numbers), 3, grounding.near_threshold), []
+    for pair in ((0, 1), (0, 2), (1, 2)):
+        wanted = [[one[place] for place in pair if place < len(one)] for one in found]
+        copies += [{**row, "sources": own} for row, own in zip(rows, source_rows(grounding.sources, wanted))]
+    random.Random(len(copies)).shuffle(copies) # copies of a row are not packed beside each other
+    return _supported_rows(copies, grounding)
 
 def marked(row, tried): return {**row, "title": row["title"] + MARKER} if tried == "marked" else row
 
@@ -237,10 +265,19 @@ def with_intervals(name, sums, draws):
                 found[m][other] = paired_bootstrap(own[m], sums[other][m], draws)
     return found | {"facts": float(own["false_claims"][:, 1].mean())}
 
-def verified_texts(texts, rows, language, common, strict):
-    "The texts without the sentences that hold an unsupported claim"
-    from descgen.verified import Checks, verify
-    checks = Checks(strict=strict, language=language, common=common)
+def prepare_checks(args, language, common):
+    "The checks of a catalogue, with the probabilities of claims fitted on its training rows"
+    from descgen.dataset import load_data
+    from descgen.probability import fit_probability
+    from descgen.targets import prepare_grounding
+    from descgen.verified import Checks
+    recipe = make_recipe(args, "supported")
+    probability = fit_probability(prepare_grounding(load_data(joined_path(args), recipe), recipe))
+    return Checks(language=language, common=common, probability=probability)
+
+def checked_texts(texts, rows, checks):
+    "The texts without the sentences that hold a claim that the checks do not support"
+    from descgen.verified import verify
     return [[verify(text, row["title"], row["sources"], checks).text for text, row in zip(one, rows)] for one in texts]
 
 def collect(args):
@@ -278,9 +315,10 @@ def summarise(args):
     contents = [row["content"] for row in read_jsonl(joined_path(args))]
     language, common = detect_language(contents), frozenset(common_words(contents))
     texts["nearest"] = [[row["sources"][0]["content"] if row["sources"] else "" for row in rows]]
-    if "supported" in texts:
-        for name, strict in (("verified", False), ("strict", True)):
-            texts[name] = verified_texts(texts["supported"], rows, language, common, strict)
+    checks = prepare_checks(args, language, common)
+    for name, (way, settings) in CHECKED.items():
+        if way in texts:
+            texts[name] = checked_texts(texts[way], rows, replace(checks, **settings))
     sums = {name: sums_of(own, rows, language, common) for name, own in texts.items()}
     draws = bootstrap_resamples(len(rows))
     found = {name: with_intervals(name, sums, draws) for name in LABELS if name in sums}
@@ -311,7 +349,7 @@ def title_table(summary):
         if found["low"] is None:
             return ""
         return f"{found['difference']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
-    systems = [name for name in ("sources", "supported", "verified", "strict") if name in summary["systems"]]
+    systems = [name for name in ("sources", "supported", *SAME_WAY) if name in summary["systems"]]
     rows = [[LABELS[name], *(difference(summary["systems"][name][m]["title"]) for m in MEASURES)] for name in systems]
     return markdown_table(["minus fine-tuned on titles", *HEAD[1:]], rows)
 
@@ -319,11 +357,11 @@ def ablation_table(summary):
     "What each setting changes, with intervals of the differences to `supported`, and what it costs"
     rows = []
     for name, found in summary["systems"].items():
-        if name not in ("supported", "title_supported") and (name in COMPARED or name not in WAYS):
+        if name in COMPARED and name not in ("supported", "cosine", "cosine_verified"):
             continue
-        cost = summary["costs"][name]
-        rows.append([LABELS[name], *(cell(found[m], "supported") for m in MEASURES),
-                     f"{cost['prompt_tokens']:.0f}", f"{cost['steps']:.0f}", f"{cost['training_seconds']:.0f}"])
+        cost = summary["costs"].get(name) # none of texts that are only checked
+        costs = [f"{cost[what]:.0f}" for what in ("prompt_tokens", "steps", "training_seconds")] if cost else [""]*3
+        rows.append([LABELS[name], *(cell(found[m], "supported") for m in MEASURES), *costs])
     return markdown_table([*HEAD, "tokens per prompt", "steps", "training, s"], rows)
 
 def tables(read):
@@ -336,6 +374,6 @@ def tables(read):
         about = (f"{summary['titles']} test titles, one round per seed. In brackets: the 95 % interval of the "
                  f"difference to the nearest title's description. {circumstances(record, 'torch')}")
         found[f"sources-{name}"] = [about, "", *main_table(summary), "", *title_table(summary)]
-        if len(summary["costs"]) > len(MAIN):
+        if set(summary["costs"]) - {*MAIN, "cosine"}:
             found[f"sources-{name}-settings"] = ablation_table(summary)
     return found
