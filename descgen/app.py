@@ -110,7 +110,7 @@ TEXTS |= { # errors
 TEXTS |= { # the tab of files
     "file": ("A file of titles: .txt with one per line, .csv or .jsonl with a column \"title\"",
              "Um arquivo de títulos: .txt com um por linha, .csv ou .jsonl com uma coluna \"title\""),
-    "file_limits": ("At most {rows:,} titles and {kb:,} KB.", "No máximo {rows:,} títulos e {kb:,} KB."),
+    "file_limits": ("At most {rows} titles and {mb:g} MB.", "No máximo {rows} títulos e {mb:g} MB."),
     "write_file": ("Write all", "Escrever todos"),
     "results": ("Download results", "Baixar resultados"),
     "progress": ("{n:,} of {total:,} titles", "{n:,} de {total:,} títulos"),
@@ -762,7 +762,7 @@ def _describe_file(page, path, *settings):
 def _file_tab(page, settings):
     "The tab for a file of titles, with the settings of the first tab"
     texts, limits = page.texts, page.limits
-    bounds = texts["file_limits"].format(rows=limits.rows, kb=limits.body//1000)
+    bounds = texts["file_limits"].format(rows=limits.rows, mb=limits.body/1e6)
     gr.HTML(f'<p>{as_html(texts["file"])}. {bounds}</p>')
     path = gr.File(file_types=[".txt", ".csv", ".jsonl"], label=texts["file_tab"], height=140)
     with gr.Row():
