@@ -90,7 +90,9 @@ def _write_texts(rows, folder, chars):
         content = cut_contents(block["content"], chars)
         parts.append(block.select("uid", "title").with_columns(content=content))
         counts.append(title_counts(block["title"].to_list()))
-    pl.concat(parts).write_ipc(folder/"rows.arrow", compat_level=pl.CompatLevel.oldest())
+    texts = pl.concat(parts, rechunk=True)
+    # one record batch: rows of several are found slowly
+    texts.write_ipc(folder/"rows.arrow", compat_level=pl.CompatLevel.oldest(), record_batch_size=max(1, len(texts)))
     return sp.vstack(counts, format="csr")
 
 # %% ../nbs/15_sources.ipynb #b104256a
@@ -273,18 +275,16 @@ class Sources:
 # %% ../nbs/15_sources.ipynb #d87fa88b
 _MORE = 8 # candidates beyond the wanted number, of which near-duplicates are left out
 
-def _similarities(sources, pairs):
+def _similar_contents(numbers, contents, pairs):
     "The Jaccard similarity of the contents of pairs of rows"
-    numbers, where = np.unique(np.array(pairs).reshape(-1, 2), return_inverse=True)
-    contents = pl.from_arrow(sources.rows["content"].take(numbers))
-    lists, where = shingles(contents, SHINGLE_WIDTH["content"]), where.reshape(-1, 2)
-    return jaccard_similarity(lists[where[:, 0]], lists[where[:, 1]])
+    lists = shingles(contents, SHINGLE_WIDTH["content"])
+    first, second = np.searchsorted(numbers, np.array(pairs)).T
+    return jaccard_similarity(lists[first], lists[second])
 
-def _different_texts(sources, candidates, k):
+def _different_texts(candidates, texts, k):
     "The first `k` candidates, without those with the text of an earlier one"
-    texts = sources.rows["content"].take(candidates).to_pylist() if candidates else []
-    first = {text: number for number, text in reversed(list(zip(candidates, texts)))}
-    return [number for number in candidates if number in first.values()][:k]
+    first = {texts[number]: number for number in reversed(candidates)}
+    return [number for number in candidates if first[texts[number]] == number][:k]
 
 # %% ../nbs/15_sources.ipynb #bd68ba46
 def training_sources(
@@ -299,10 +299,12 @@ def training_sources(
     found = sources.nearest(titles, k + 1 + _MORE)
     pairs = [(row, other) for row, others in zip(numbers, found) for other in others if other != row]
     if not pairs: return [[] for _ in numbers]
-    kept = {row: [] for row in numbers}
-    for (row, other), similarity in zip(pairs, _similarities(sources, pairs)):
+    used, kept = np.unique(np.array(pairs)), {row: [] for row in numbers}
+    contents = pl.from_arrow(sources.rows["content"].take(used)) # all at once
+    for (row, other), similarity in zip(pairs, _similar_contents(used, contents, pairs)):
         if similarity < threshold: kept[row].append(other)
-    return [_different_texts(sources, kept[row], k) for row in numbers]
+    texts = dict(zip(used.tolist(), contents))
+    return [_different_texts(kept[row], texts, k) for row in numbers]
 
 # %% ../nbs/15_sources.ipynb #7ff3ed4a
 def source_rows(
