@@ -90,9 +90,9 @@ def _write_texts(rows, folder, chars):
         content = cut_contents(block["content"], chars)
         parts.append(block.select("uid", "title").with_columns(content=content))
         counts.append(title_counts(block["title"].to_list()))
-    texts = pl.concat(parts, rechunk=True)
-    # one record batch: rows of several are found slowly
-    texts.write_ipc(folder/"rows.arrow", compat_level=pl.CompatLevel.oldest(), record_batch_size=max(1, len(texts)))
+    texts, compat_level = pl.concat(parts), pl.CompatLevel.oldest()
+    # one record batch: rows in several are found slowly
+    texts.write_ipc(folder/"rows.arrow", compat_level=compat_level, record_batch_size=max(1, len(texts)))
     return sp.vstack(counts, format="csr")
 
 # %% ../nbs/15_sources.ipynb #b104256a
