@@ -1,4 +1,4 @@
-"Take the picture of the page for the README: python .ci/screenshot.py [ADAPTER]; without an adapter, fixed texts are shown"
+"Take the picture of the page for the README: python .ci/screenshot.py [ADAPTER [TITLE]]; without an adapter, fixed texts are shown"
 import sys
 from pathlib import Path
 
@@ -8,16 +8,19 @@ from app_describer import AppDescriber
 from playwright.sync_api import sync_playwright
 from test_app import ARGUMENTS, CHROMIUM, Site
 
-site = Site(AppDescriber(), ROOT/"outputs/runs")
-if len(sys.argv) > 1:
+def load_describer():
+    "The describer of the adapter, or the one with fixed texts"
+    if len(sys.argv) == 1: return AppDescriber()
     from descgen.describer import Describer
-    site.describer = Describer(sys.argv[1])
+    return Describer(sys.argv[1])
+
+site = Site(load_describer(), ROOT/"outputs/runs")
 site.load()
 with sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
     page = browser.new_page(viewport={"width": 1000, "height": 700})
     page.goto(f"{site.url}/en/")
-    page.locator("#dg-input textarea, #dg-input input").fill("Red enamel mug, 350 ml")
+    page.locator("#dg-input textarea, #dg-input input").fill((sys.argv[2:] or ["Red enamel mug, 350 ml"])[0])
     page.keyboard.press("Enter")
     page.get_by_text("Done.").wait_for(timeout=300_000)
     path = ROOT/"nbs/images/app.png"

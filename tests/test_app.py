@@ -23,7 +23,7 @@ class Site:
         self.describer, self.writer = describer, Writer(poll=0.05)
         listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        app = create_app(self.writer, root=root, n_sources=2, examples=("Red mug",), limits=limits)
+        app = create_app(self.writer, root=root, n_sources=describer.n_sources, examples=("Red mug",), limits=limits)
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]}, daemon=True)
         self.thread.start()
