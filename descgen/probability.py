@@ -81,6 +81,7 @@ def _neighbours(index, title):
     found = index.nearest([title], N_NEIGHBOURS)
     return source_rows(index, found)[0], index.similarities([title], found)[0]
 
+# %% ../nbs/25_probability.ipynb #323b9b57
 @dataclass(frozen=True)
 class ClaimProbability:
     "How likely a claim of similar rows is true of a product"

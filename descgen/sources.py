@@ -136,6 +136,7 @@ def _unit_vectors(titles, frequency, n):
     from sklearn.preprocessing import normalize
     return normalize(_weighted_counts(titles, frequency, n))
 
+# %% ../nbs/15_sources.ipynb #84fe3c2e
 def _query_weights(titles, frequency, n):
     "Weights of the features of titles; shortened lists are used only if a title has no other feature"
     counts = _weighted_counts(titles, frequency, n)

@@ -30,6 +30,7 @@ def _is_unlikely(claim, title, checks):
     if checks.probability is None: return False
     return checks.probability(claim, title, checks.language) < checks.min_probability
 
+# %% ../nbs/51_verified.ipynb #3baf7295
 def _where(claim, title, sources, checks):
     "The places where a claim stands: `title` and uids of sources; () if it is unsupported"
     places = supporting(claim, title, sources, checks.language)
