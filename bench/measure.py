@@ -101,7 +101,8 @@ def save_result(
 ):
     "Write `name`.json with the command, the date, the machine, the versions and the figures"
     where = where or {"machine": machine(), "versions": versions()}
-    record = {"name": name, "command": "python -m bench " + shlex.join(sys.argv[1:]),
+    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]] # no path of this machine
+    record = {"name": name, "command": "python -m bench " + shlex.join(words),
               "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
               **where, "rounds": rounds,
               "statistic": statistic, "summary": summary, "raw": raw}
