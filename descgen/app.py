@@ -724,7 +724,9 @@ def _describe_tab(page):
     if page.examples:
         gr.Examples([[example] for example in page.examples], title, label=texts["examples"], api_visibility="private")
     settings, shown = _settings(page), _results(page)
-    def describe(title, *values): yield from _describe(page, title, *values)
+    def describe(title, *values):
+        "The fields of the tab while a title is described"
+        yield from _describe(page, title, *values)
     begins = gr.on([write.click, title.submit], describe, [title, *settings], shown, **_MODEL)
     stops.click(lambda: _status_html(texts["stopped"]), None, shown[0], cancels=begins, **_QUIET)
     return shown[0], settings
@@ -744,6 +746,7 @@ def _file_html(found, total, texts):
     reasons = "; ".join(f"{n} × {reason}" for reason, n in found.reasons.items())
     return bar + _note(as_html(texts["rejected"].format(n=found.rejected, reasons=reasons)))
 
+# %% ../nbs/82_app.ipynb #cb4c9bb4
 def _describe_file(page, path, *settings):
     "Yield the state and the file of results while a file is described; the file exists until the next step"
     try:
@@ -781,7 +784,9 @@ def _file_tab(page, settings):
 def _runs_tab(page):
     "The tab of runs"
     texts, root = page.texts, page.root
-    def ids(): return [row["id"] for row in list_runs(root)[::-1]]
+    def ids():
+        "The runs, the latest first"
+        return [row["id"] for row in list_runs(root)[::-1]]
     table = gr.HTML()
     refresh = gr.Button(texts["refresh"], size="sm", min_width=140)
     with gr.Row():
@@ -863,7 +868,9 @@ def build_page(
         tab.select(show_runs, None, runs, **_QUIET)
         with gr.Tab(page.texts["blind_tab"]) as tab: show_judged, judged = _blind_tab(page)
         tab.select(show_judged, None, judged, **_QUIET)
-        def wait_for_model(): yield from _loading(page)
+        def wait_for_model():
+            "The status until the model is loaded"
+            yield from _loading(page)
         blocks.load(wait_for_model, None, status, concurrency_limit=None, js=None, **_QUIET)
         blocks.load(None, None, None, js=_start_script(page.locale), api_visibility="private")
     return blocks.queue(max_size=page.limits.waiting, default_concurrency_limit=1)

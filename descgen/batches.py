@@ -551,7 +551,8 @@ class Outcome:
     reasons:dict = field(default_factory=dict) # why rows were rejected, and how many
 
     @property
-    def rejected(self)->int: # rows without a text; their file names each with the reason
+    def rejected(self)->int:
+        "Rows without a text; their file names each with the reason"
         return sum(self.reasons.values())
 
     def __str__(self):

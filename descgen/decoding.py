@@ -34,12 +34,15 @@ class _SlotLayer(CacheLayerMixin):
         return self.slots.write(self.number, key_states, value_states)
 
     def get_mask_sizes(self, query_length):
+        "The length of the mask, and its offset"
         return self.slots.width, 0
 
     def get_seq_length(self):
+        "Tokens before the new one, in the longest slot"
         return self.slots.width - 1
 
     def get_max_length(self):
+        "No limit that transformers should know of"
         return -1
 
 # %% ../nbs/34_decoding.ipynb #47d06f93
@@ -142,6 +145,7 @@ def _cache_for(prefix_cache, n):
             cache.update(keys, values, number)
     return cache
 
+# %% ../nbs/34_decoding.ipynb #44040e76
 def read_rests(
     model, # from transformers, on a CPU
     rests:list[list[int]], # the prompts after their shared prefix; at least one token each

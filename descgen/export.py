@@ -771,6 +771,7 @@ def check_export(
     if changed: raise ValueError(f"{folder}: {changed[0]} is not as it was exported. Export again.")
     return about
 
+# %% ../nbs/81_export.ipynb #113425a7
 def push(
     folder:str|Path, # from `export`
     name:str, # of the repository, such as "shop/llama-descriptions"

@@ -161,6 +161,7 @@ def seeded_noise(
         return torch.rand(sampling.max_new_tokens, generator=generator)
     return torch.stack([numbers(key) for key in keys])
 
+# %% ../nbs/50_inference.ipynb #d476bb34
 def _noise_for(n_prompts, sampling):
     "The random numbers of a generation; None if it is greedy"
     if sampling.greedy: return None

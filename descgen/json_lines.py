@@ -98,6 +98,7 @@ def parse_value(
     except ValueError:
         raise ValueError("not JSON: a number has too many digits") from None
 
+# %% ../nbs/10_json_lines.ipynb #88806577
 def parse_row(
     line:bytes, # one line of the file, with or without its newline
     fields:tuple=DEFAULT_FIELDS, # the keys of title and content

@@ -282,6 +282,7 @@ def _outside(claims, title, sources, language):
     "The claims that stand neither in the title nor in a source"
     return [claim for claim in claims if not supporting(claim, title, sources, language)]
 
+# %% ../nbs/61_metrics.ipynb #14b5b6f0
 def claim_sums(
     text:str, # generated description
     title:str, # that it describes

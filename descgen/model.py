@@ -232,6 +232,7 @@ def _list_model_files(source):
     return {p.name: p for p in sorted(Path(config).parent.iterdir())
             if p.is_file() and p.suffix in suffixes}
 
+# %% ../nbs/33_model.ipynb #dabd83d6
 def model_fingerprint(
     model, # from `load_model`, with or without an adapter
     tokenizer, # of the model

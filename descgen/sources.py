@@ -188,6 +188,7 @@ def _map_texts(path):
     if any(column.null_count for column in table.columns): raise ValueError("a text is missing")
     return table
 
+# %% ../nbs/15_sources.ipynb #e437cc94
 def _read_texts(folder, about):
     "Texts of an index and their hash; ValueError if they are not those of `about`"
     try:
@@ -266,11 +267,12 @@ class Sources:
         found:list[list[int]], # row numbers for each title, from `nearest` or `training_sources`
     )->list[list[float]]: # cosine of the weights of both titles, 0 to 1
         "How similar each title is to the titles of its rows"
-        n_found, numbers = [len(rows) for rows in found], [number for rows in found for number in rows]
+        numbers = [number for rows in found for number in rows]
         if not numbers: return [[] for _ in titles]
-        own = _unit_vectors(titles, self.frequency, len(self.rows))[np.repeat(np.arange(len(titles)), n_found)]
-        others = _unit_vectors(self.rows["title"].take(numbers).to_pylist(), self.frequency, len(self.rows))
-        cosines = iter(np.asarray(own.multiply(others).sum(axis=1)).ravel().tolist())
+        repeated = [title for title, rows in zip(titles, found) for _ in rows]
+        others = self.rows["title"].take(numbers).to_pylist()
+        own, other = (_unit_vectors(texts, self.frequency, len(self.rows)) for texts in (repeated, others))
+        cosines = iter(np.asarray(own.multiply(other).sum(axis=1)).ravel().tolist())
         return [[next(cosines) for _ in rows] for rows in found]
 
 # %% ../nbs/15_sources.ipynb #d87fa88b
