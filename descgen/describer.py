@@ -14,9 +14,8 @@ from pathlib import Path
 from .claims import LANGUAGES, common_words, detect_language
 from .files import short_path
 from .formatting import prompt_ids, template_parts
-from descgen.inference import (
-    complete, finish_reason, load_adapter, open_sources, read_settings, Sampling, seeded_noise,
-    stream)
+from .inference import (complete, finish_reason, load_adapter, open_sources, read_settings,
+    Sampling, seeded_noise, stream)
 from .model import adapter_hash, model_fingerprint
 from .probability import ClaimProbability
 from .sources import source_rows
