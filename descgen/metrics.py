@@ -225,7 +225,7 @@ SYSTEMS = { # by identifier
                          ("loss", "chrF", *_CLAIMS)),
     TUNED: System("fine-tuned", "sampled, as its users get it"),
     TUNED + GREEDY: System("fine-tuned, greedy", "always the most likely token"),
-    VERIFIED: System("verified", "the fine-tuned texts without sentences that have an unsupported claim",
+    VERIFIED: System("verified", "the fine-tuned texts without sentences that have an unsupported or unlikely claim",
                      ("chrF", "false_claims", "claim_recall")),
     TITLE: System("title repeated", "the title as description"),
     NEAREST: System("nearest title's description", "copied from the most similar training title",
