@@ -22,6 +22,7 @@ from .markdown import circumstances, markdown_table
 from .measure import ROOT, SCRATCH, machine, print_result, read_jsonl, run_child, save_result, seconds, versions
 
 SUPPORTED = {"sources": 2, "targets": "supported"}
+RANK_64 = {"r": 64, "lora_alpha": 64, "lr_scheduler_type": "cosine", "learning_rate": 1e-3}
 WAYS = { # settings that differ from the notebook's defaults, and `try`: what the notebook has no setting for
     "title": {},
     "title_supported": {"targets": "supported"},
@@ -37,7 +38,11 @@ WAYS = { # settings that differ from the notebook's defaults, and `try`: what th
     "masked": {"sources": 2, "try": "masked"},
     "cosine": SUPPORTED | {"lr_scheduler_type": "cosine"},
     "cosine_1e3": SUPPORTED | {"lr_scheduler_type": "cosine", "learning_rate": 1e-3},
-    "pairs": SUPPORTED | {"lr_scheduler_type": "cosine", "learning_rate": 1e-3, "num_train_epochs": 2, "try": "pairs"}}
+    "pairs": SUPPORTED | {"lr_scheduler_type": "cosine", "learning_rate": 1e-3, "num_train_epochs": 2, "try": "pairs"},
+    "title_r64": RANK_64,
+    "sources_r64": {"sources": 2} | RANK_64,
+    "supported_r64": SUPPORTED | RANK_64,
+    "pairs_r64": SUPPORTED | RANK_64 | {"num_train_epochs": 2, "try": "pairs"}}
 CHECKED = { # texts that are checked after they were written: way, and settings of `Checks`
     "anywhere": ("supported", {"min_probability": 0.0}), "verified": ("supported", {}),
     "strict": ("supported", {"strict": True}), "cosine_verified": ("cosine", {}), "pairs_verified": ("pairs", {})}
@@ -144,9 +149,9 @@ def masked_packs(data, tokenizer, parts, grounding, seed):
     class Masked(Packs):
         def _make_block(self, number):
             "The packs of one block of rows"
-            rows, rejected = self._block_of_rows(number)
+            rows, _, rejected = self._block_of_rows(number)
             examples, too_long = encode_rows(rows, self.tokenizer, self.parts, self.max_length, self.loss_on)
-            self.rejected[number] = rejected + too_long
+            self.rejected[number], self.left_out[number] = rejected + too_long, 0
             if not too_long:
                 examples = [mask(example, row, self) for example, row in zip(examples, rows)]
             return pack_examples(examples, self.max_length, self.packing)

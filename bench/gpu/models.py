@@ -9,6 +9,7 @@ import importlib.util
 import random
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ..measure import print_result, read_jsonl
 from .card import add_model_options
@@ -84,6 +85,18 @@ def read_rows(path, seed=42):
     rows = [{k: r[k] for k in ("title", "content")} for r in read_jsonl(path) if r.get("content")]
     random.Random(seed).shuffle(rows)
     return rows
+
+def with_sources(rows, k, chars):
+    "The rows, each with `k` sources of `chars` characters that descgen finds for it among them"
+    from datasets import Dataset
+    from descgen.sources import Sources, source_rows, training_sources, write_sources
+    distinct = [dict(uid=str(i), title=title, content=content)
+                for i, (title, content) in enumerate(dict.fromkeys((r["title"], r["content"]) for r in rows))]
+    with TemporaryDirectory() as folder:
+        index = Sources(write_sources(Dataset.from_list(distinct), Path(folder)/"sources", chars))
+        found = source_rows(index, training_sources(index, range(len(distinct)), k))
+    sources = {(row["title"], row["content"]): own for row, own in zip(distinct, found)}
+    return [{**row, "sources": sources[row["title"], row["content"]]} for row in rows]
 
 def run(args):
     print_result({"folder": str(model_folder(args.model, args.work, args.small))})

@@ -17,7 +17,7 @@ from ..markdown import circumstances, markdown_table, notes, number
 from ..measure import NOTEBOOK, ROOT, read_result, save_result
 from .card import (CARD, SAMPLE, add_model_options, card_lock, flop_per_token, has_gpu, matmul_rate,
     peak_gb, reset_peak, synchronized_time)
-from .models import model_folder, read_rows
+from .models import model_folder, read_rows, with_sources
 
 WARM, TOKENS = 2, 400_000 # steps that do not count; useful tokens that do, about
 # GB for PyTorch on a card, beside the driver's half a GB
@@ -35,6 +35,7 @@ SETTINGS = {
     "neither, 16 bits, 4 packs": LEAN_16 | dict(per_device_train_batch_size=4),
     "neither, 16 bits, 8 packs": LEAN_16 | dict(per_device_train_batch_size=8),
     "neither, 16 bits, 24 packs": LEAN_16 | dict(per_device_train_batch_size=24),
+    "neither, 16 bits, two sources": LEAN_16 | dict(sources=2),
     "neither, 4 packs": LEAN | dict(per_device_train_batch_size=4),
     "neither, 4 packs, fp16": LEAN | dict(per_device_train_batch_size=4, bf16=False, fp16=True)}
 # of the ways side by side
@@ -45,7 +46,7 @@ def add_options(parser):
     add_model_options(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--match", nargs="*",
-        help="only settings with one of these words; the result keeps the others")
+        help="only these settings; the result keeps the others")
 
 def make_recipe(source, small, *names, **more):
     "The notebook's defaults with recipes of the folder `recipes`, for this model"
@@ -149,6 +150,8 @@ def train_descgen(recipe, rows, tokens, watch, compile=False):
     from descgen.train import train
     model, tokenizer = load_model(
         recipe.model_id, recipe.max_seq_length, recipe.load_in_4bit, compute_dtype(recipe))
+    if recipe.sources:
+        rows = with_sources(rows, recipe.sources, recipe.source_chars)
     packs = Packs(Dataset.from_list(rows), tokenizer,
                   template_parts(tokenizer), recipe.max_length, recipe.loss_on,
                   packing=recipe.packing)
@@ -270,7 +273,7 @@ def measure_settings(args, source, rows, tokens, card):
     earlier = (read_result(args.results, result_name(args)) if args.match else None) or {}
     kept, found = earlier.get("summary"), earlier.get("raw") or {}
     def note(name, *files, compile=False, **more):
-        if args.match and not any(word in name for word in args.match):
+        if args.match and name not in args.match:
             return
         recipe = make_recipe(source, args.small, *files, **more)
         found[name] = {

@@ -2,6 +2,7 @@
 
     python -m bench gpu-write descgen llama WORK
     python -m bench gpu-write plain llama WORK
+    python -m bench gpu-write descgen llama WORK --sources 2
 
 The base is in 4 bits and has an adapter.
 """
@@ -9,21 +10,23 @@ from ..markdown import circumstances, markdown_table
 from ..measure import save_result
 from .card import (CARD, add_model_options, card_lock, has_gpu, peak_gb, reset_peak,
     synchronized_time)
-from .models import model_folder, read_rows
+from .models import model_folder, read_rows, with_sources
 
 SIZES, NEW_TOKENS = (1, 8, 32, 128), 128 # batch sizes; tokens of a description
+SOURCE_CHARS = 400 # of each source; the notebook's default
 
 def add_options(parser):
     parser.add_argument("side", choices=["descgen", "plain"])
     add_model_options(parser)
     parser.add_argument("--rounds", type=int, default=2, help="the fastest counts")
+    parser.add_argument("--sources", type=int, default=0, help="in each prompt of descgen")
 
-def time_batches(write, titles, args):
+def time_batches(write, rows, args):
     "Seconds of each round and peak memory for each batch size"
-    write(titles[:2], 8) # warms up
+    write(rows[:2], 8) # warms up
     found = {}
     for size in (1, 2) if args.small else SIZES:
-        batch = (titles*(1 + size//len(titles)))[:size]
+        batch = (rows*(1 + size//len(rows)))[:size]
         found[str(size)] = {"seconds": [], "memory_gb": 0.}
         for _ in range(args.rounds):
             reset_peak()
@@ -48,9 +51,10 @@ def descgen_writer(source, args):
     model, tokenizer = load_model(str(source), 2048, not args.small, "bfloat16")
     model, parts = add_lora(model, LoraSettings(lora_dropout=0)), template_parts(tokenizer)
     never_end(model, tokenizer)
-    def write(titles, size):
+    def write(rows, size):
+        titles, sources = [row["title"] for row in rows], [row.get("sources", []) for row in rows]
         describe(model, tokenizer, titles, parts,
-            Sampling(args.new_tokens, batch_size=size), progress=False)
+            Sampling(args.new_tokens, batch_size=size), sources, progress=False)
     return write
 
 def load_plain(source, in_4_bits):
@@ -76,10 +80,10 @@ def plain_writer(source, args):
     model, tokenizer = (load_plain(source, not args.small),
                         AutoTokenizer.from_pretrained(source, padding_side="left"))
     never_end(model, tokenizer)
-    def write(titles, size):
-        texts = [tokenizer.apply_chat_template(chat_messages(t),
+    def write(rows, size):
+        texts = [tokenizer.apply_chat_template(chat_messages(row["title"]),
             tokenize=False, add_generation_prompt=True)
-                 for t in titles]
+                 for row in rows]
         batch = tokenizer(texts, return_tensors="pt", padding=True,
             add_special_tokens=False).to(model.device)
         with torch.no_grad():
@@ -102,15 +106,20 @@ def summarize(found, new_tokens):
 def run(args):
     args.new_tokens = 4 if args.small else NEW_TOKENS
     write = WRITERS[args.side](model_folder(args.model, args.work, args.small), args)
-    titles = [r["title"] for r in read_rows(args.rows)]
+    rows = read_rows(args.rows)
+    if args.sources:
+        rows = with_sources(rows, args.sources, SOURCE_CHARS)
     with card_lock():
-        found = time_batches(write, titles, args)
-    name = f"gpu-write-{args.side}-{args.model}{'-small' if args.small else ''}"
+        found = time_batches(write, rows, args)
+    side = args.side + ("-sources" if args.sources else "")
+    name = f"gpu-write-{side}-{args.model}{'-small' if args.small else ''}"
     save_result(args.results, name, summarize(found, args.new_tokens),
         found, args.rounds, "fastest")
 
+LABELS = {"descgen": "descgen", "descgen-sources": "descgen, two sources in each prompt", "plain": "transformers + PEFT"}
+
 def tables(read):
-    records = {side: record for side in WRITERS if (record := read(f"gpu-write-{side}-llama"))}
+    records = {side: record for side in LABELS if (record := read(f"gpu-write-{side}-llama"))}
     if not records:
         return {}
     first = next(iter(records.values()))
@@ -118,6 +127,5 @@ def tables(read):
     for size in first["summary"]:
         found = [record["summary"][size]["per_minute"] for record in records.values()]
         rows.append([size, *(f"{n:,.0f}" for n in found)])
-    labels = {"descgen": "descgen", "plain": "transformers + PEFT"}
-    table = markdown_table(["batch", *(labels[side] for side in records)], rows)
+    table = markdown_table(["batch", *(LABELS[side] for side in records)], rows)
     return {"gpu-write": [circumstances(first, *CARD), "", *table]}
