@@ -32,9 +32,9 @@ test: $(READY)
 	@$(ENTER) python -m pytest -q -m 'not slow and not long and not browser' tests
 	@$(MAKE) --no-print-directory sync
 
-# Tests that take minutes; those of a real run look at the one that `make run` made last.
+# Tests that take minutes, two files at a time; those of a real run look at the one that `make run` made last.
 test-slow: $(READY)
-	@$(ENTER) python -m pytest -v -m 'slow and not long' tests
+	@$(ENTER) OMP_NUM_THREADS=1 python -m pytest -v -n 2 --dist loadfile -m 'slow and not long' tests
 
 # Exports that take several minutes more, and more memory.
 test-long: $(READY)

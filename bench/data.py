@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 from .catalogue import ROWS, add_words_option, make_catalogue
 from .markdown import circumstances, markdown_table
-from .measure import (NOTEBOOK, SCRATCH, interleaved, peak_memory_gb, print_result, read_jsonl,
+from .measure import (NOTEBOOK, SCRATCH, interleaved, measure_parts, peak_memory_gb, print_result, read_jsonl,
     run_child, save_result)
 
 RECIPE = dict(min_chars=20, max_chars=20_000) # of all ways
@@ -267,23 +267,12 @@ def parts(args, path):
         "usual_start": lambda: rounds_of(path, ["usual_start"])[0],
         "bad_lines": lambda: rounds_of(path, ["bad_lines"])[0]}
 
-def measure_parts(args, path):
-    "All parts; those of an interrupted call are not measured again"
-    unfinished = path.with_name(f"data-{args.rows}.json")
-    found = json.loads(unfinished.read_text()) if unfinished.exists() else {}
-    for name, act in parts(args, path).items():
-        if name not in found:
-            found[name] = act()
-            unfinished.write_text(json.dumps(found, indent=1))
-    unfinished.unlink()
-    return found
-
 def run(args):
     if args.child:
         name, path, cache = args.child
         return print_result(WAYS[name](path, cache) | {"memory_gb": peak_memory_gb()})
     path = make_catalogue(SCRATCH/f"trn-{args.rows}.json", args.rows, args.words)
-    found = measure_parts(args, path)
+    found = measure_parts(path.with_name(f"data-{args.rows}.json"), parts(args, path))
     save_result(args.results, f"data-{args.rows}", summarize(found, args.rows), found, args.rounds)
 
 # Summary and tables

@@ -7,34 +7,47 @@ All ways write the same titles, greedily. Each has a process of its own:
 - **seed**: one title at a time with transformers' `generate` and PEFT, as the seed's README does.
 - **batches**: the same in padded batches of 16 in the order of the file.
 - **continuous**: transformers' `generate_batch`, if it runs on this machine.
-- **llama**: llama-cpp-python on the base's GGUF file in 8 bits, one title at a time, without the adapter
-  (`--llama-python`: the Python of an environment that has it).
+- **llama16**, **llama8**: llama-cpp-python on the adapter's export as GGUF in 16 and 8 bits, one title at a time
+  (`--llama-python`: the Python of an environment that has it). Without repacked weights, with which llama.cpp crashes
+  on some processors.
 - **descgen**: `descgen.batches.generate`, with its files.
 
 The limit reads the weights once for each step of a full batch, at the rate at which memory is copied. In float32, the texts
-of descgen and of the seed's loop are compared.
+of descgen and of the seed's loop are compared. Memory is that of `descgen.batches.generate` with short texts, for few titles
+and for many. An interrupted call continues with the next part.
 """
 import json
+import os
+import subprocess
+import sys
 import time
+from contextlib import redirect_stdout
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .markdown import circumstances, markdown_table
-from .measure import medians, print_result, read_jsonl, run_child, save_result, seconds
+from .measure import (SCRATCH, measure_parts, medians, peak_memory_gb, print_result, read_jsonl,
+    run_child, save_result, seconds)
 
-WAYS = ("seed", "batches", "continuous", "llama", "descgen")
+WAYS = ("seed", "batches", "continuous", "llama16", "llama8", "descgen")
+LLAMAS = ("llama16", "llama8")
 IN_A_BATCH = 16 # of the way "batches"
+SHORT = 2 # tokens of a text, if memory is measured
 
 def add_options(parser):
     parser.add_argument("rows", type=Path)
     parser.add_argument("--adapter", type=Path, required=True, help="of the embedded model, trained without sources")
     parser.add_argument("--titles", type=int, default=200)
     parser.add_argument("--equal-titles", type=int, default=200, help="titles compared in float32")
+    parser.add_argument("--memory-titles", type=int, nargs="*", default=[1_000, 100_000],
+                        help="numbers of titles for which the peak memory is measured")
     parser.add_argument("--new-tokens", type=int, default=128, help="most tokens of a text")
     parser.add_argument("--batch-size", type=int, default=64, help="of descgen")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--llama-python", type=Path, help="a Python with llama-cpp-python")
-    parser.add_argument("--way", choices=WAYS, help="only this way, in this process")
+    parser.add_argument("--way", choices=[*WAYS, "memory"], help="only this way, in this process")
     parser.add_argument("--dtype", default="bfloat16")
 
 def load_peer(args):
@@ -105,9 +118,15 @@ def run_continuous(args):
 
 LLAMA = """
 import json, sys, time
-from llama_cpp import Llama
+import llama_cpp, llama_cpp.llama_cpp as functions
 gguf, prompts, n, threads = json.load(sys.stdin)
-llama = Llama(gguf, n_ctx=1024, n_threads=threads, verbose=False)
+default = functions.llama_model_default_params
+def without_repacking():
+    params = default()
+    params.use_extra_bufts = False
+    return params
+functions.llama_model_default_params = without_repacking
+llama = llama_cpp.Llama(gguf, n_ctx=1024, n_threads=threads, verbose=False)
 llama.create_completion(prompts[0], max_tokens=4, temperature=0)
 start = time.perf_counter()
 outs = [llama.create_completion(p, max_tokens=n, temperature=0) for p in prompts]
@@ -116,30 +135,58 @@ print(json.dumps({"seconds": took, "texts": [o["choices"][0]["text"].strip() for
                   "tokens": sum(o["usage"]["completion_tokens"] for o in outs)}))
 """
 
-def run_llama(args):
-    import os
-    import subprocess
-    from descgen.model import embedded_gguf
+def run_llama(args, dtype):
+    from descgen.export import export
     _, _, prompts = load_peer(args)
-    given = json.dumps([str(embedded_gguf()), prompts, args.new_tokens, os.cpu_count()])
-    done = subprocess.run([str(args.llama_python), "-c", LLAMA], input=given, capture_output=True, text=True, check=True)
+    with redirect_stdout(sys.stderr), TemporaryDirectory() as folder:
+        export(args.adapter, "gguf", Path(folder)/"gguf", dtype)
+        given = json.dumps([str(Path(folder)/"gguf"/"model.gguf"), prompts, args.new_tokens, os.cpu_count()])
+        done = subprocess.run([str(args.llama_python), "-c", LLAMA], input=given, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"llama.cpp ended with {done.returncode}: {done.stderr[-500:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
-def run_descgen(args):
-    import contextlib
-    import sys
-    from descgen.batches import BatchSettings, generate
+def run_llama16(args): return run_llama(args, "float16")
+
+def run_llama8(args): return run_llama(args, "q8_0")
+
+def load_describer(args):
+    "The adapter, without sources"
     from descgen.describer import Describer
+    return Describer(args.adapter, sources=0, load_in_4bit=False, dtype=args.dtype)
+
+def batch_settings(args):
+    "Greedy texts that are not checked"
+    from descgen.batches import BatchSettings
     from descgen.inference import Sampling
-    with contextlib.redirect_stdout(sys.stderr), TemporaryDirectory() as folder:
-        describer = Describer(args.adapter, sources=0, load_in_4bit=False, dtype=args.dtype)
+    return BatchSettings(Sampling(args.new_tokens, greedy=True, batch_size=args.batch_size), verify=False)
+
+def run_descgen(args):
+    from descgen.batches import generate
+    settings = batch_settings(args)
+    with redirect_stdout(sys.stderr), TemporaryDirectory() as folder:
+        describer = load_describer(args)
         titles = [row["title"] for row in read_jsonl(args.rows)[:args.titles]]
-        sampling = Sampling(args.new_tokens, greedy=True, batch_size=args.batch_size)
-        describer.describe(titles[:2], sampling, progress=False)
+        describer.describe(titles[:2], settings.sampling, progress=False)
         output = Path(folder)/"out.jsonl"
-        took = seconds(lambda: generate(describer, titles, output, BatchSettings(sampling, verify=False)))
+        took = seconds(lambda: generate(describer, titles, output, settings))
         rows = read_jsonl(output)
     return {"seconds": took, "texts": [row["text"] for row in rows], "tokens": sum(row["tokens"] for row in rows)}
+
+def write_titles(rows, n, path):
+    "A file of so many different titles"
+    titles = cycle(row["title"] for row in read_jsonl(rows))
+    with open(path, "w", encoding="utf-8") as file:
+        for number, title in zip(range(n), titles):
+            file.write(json.dumps({"uid": str(number), "title": f"{title} {number}"}) + "\n")
+    return path
+
+def run_memory(args):
+    from descgen.batches import generate
+    with redirect_stdout(sys.stderr), TemporaryDirectory() as folder:
+        titles = write_titles(args.rows, args.titles, Path(folder)/"titles.jsonl")
+        outcome = generate(load_describer(args), titles, Path(folder)/"out.jsonl", batch_settings(args))
+    return {"rows": outcome.described, "gb": peak_memory_gb()}
 
 def copy_rate():
     "Bytes per second read and written by a copy that exceeds the caches"
@@ -165,7 +212,7 @@ def measure(args, way, **options):
     try:
         return run_child("generate", args.rows, "--adapter", args.adapter, "--way", way, *words)
     except SystemExit as e:
-        if way not in ("continuous", "llama"):
+        if way not in ("continuous", *LLAMAS):
             raise
         print(f"{way} does not run here: {str(e).splitlines()[-1]}", flush=True)
 
@@ -174,22 +221,36 @@ def equal_share(args):
     found = [measure(args, way, dtype="float32", titles=args.equal_titles)["texts"] for way in ("seed", "descgen")]
     return sum(a == b for a, b in zip(*found))/len(found[0])
 
+def memory_by_titles(args):
+    "Number of titles → peak memory in GB, with texts of few tokens"
+    return {str(n): measure(args, "memory", titles=n, new_tokens=SHORT)["gb"] for n in args.memory_titles}
+
+def rate(args, way):
+    "Descriptions per minute and tokens of a way; None if it does not run on this machine"
+    found = measure(args, way)
+    return found and {"per_minute": 60*len(found["texts"])/found["seconds"], "tokens": found["tokens"]}
+
+def parts(args):
+    "What is measured: names, and functions that do it"
+    ways = [way for way in WAYS if way not in LLAMAS or args.llama_python]
+    timed = {f"{way} {number}": partial(rate, args, way) for number in range(args.rounds) for way in ways}
+    return {"memory": lambda: memory_by_titles(args),
+            "equal": lambda: equal_share(args) if args.equal_titles else None, **timed}
+
 def run(args):
     if args.way:
         return print_result(globals()[f"run_{args.way}"](args))
-    ways = [way for way in WAYS if way != "llama" or args.llama_python]
-    rounds = []
-    for _ in range(args.rounds):
-        found = {way: measure(args, way) for way in ways}
-        rounds.append({way: 60*len(one["texts"])/one["seconds"] for way, one in found.items() if one})
-    tokens = found["descgen"]["tokens"]
+    found = measure_parts(SCRATCH/f"generate-{args.titles}.json", parts(args))
+    rounds = [{way: one["per_minute"] for way in WAYS if (one := found.get(f"{way} {number}"))}
+              for number in range(args.rounds)]
+    tokens = found["descgen 0"]["tokens"]
     summary = {"titles": args.titles, "new_tokens": args.new_tokens, "batch_size": args.batch_size, "tokens": tokens,
                "per_minute": medians(rounds), "limit": 60*args.titles/limit_seconds(args, tokens),
-               "equal": equal_share(args) if args.equal_titles else None}
+               "equal": found["equal"], "memory_gb": found["memory"]}
     save_result(args.results, "generate", summary, rounds, args.rounds)
 
 LABELS = {"seed": "one title at a time: transformers and PEFT", "batches": "padded batches of 16 in the order of the file",
-          "continuous": "transformers' `generate_batch`", "llama": "llama-cpp-python, 8 bits, without the adapter",
+          "continuous": "transformers' `generate_batch`", "llama16": "llama-cpp-python, one title at a time, 16 bits", "llama8": "the same in 8 bits",
           "descgen": "`descgen generate`"}
 
 def tables(read):
@@ -201,7 +262,9 @@ def tables(read):
     rows = [[LABELS.get(way, "limit"), f"{speed:,.1f}", f"{speed/speeds['seed']:.1f} ×", f"{speed/speeds['batches']:.1f} ×"]
             for way, speed in speeds.items()]
     equal = "" if s["equal"] is None else f"Texts equal to those of the first way in float32: {s['equal']:.1%}. "
+    sizes = ", ".join(f"{gb:.2f} GB for {int(n):,} titles" for n, gb in s["memory_gb"].items())
+    memory = f"Peak memory with texts of {SHORT} tokens: {sizes}. " if sizes else ""
     about = (f"{s['titles']} titles, greedy, at most {s['new_tokens']} tokens each, batches of {s['batch_size']} in descgen. "
-             f"{equal}{circumstances(record, 'torch', 'transformers')}")
+             f"{equal}{memory}{circumstances(record, 'torch', 'transformers')}")
     head = ["", "descriptions per minute", "against one at a time", "against batches of 16"]
     return {"generate": [about, "", *markdown_table(head, rows)]}

@@ -57,6 +57,17 @@ def print_result(result):
     "The last line that `run_child` reads; libraries may print before it"
     print("\n" + json.dumps(result), flush=True)
 
+def measure_parts(path, parts):
+    "The results of several functions, by name; kept in a file until all are there, so an interrupted call continues"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, act in parts.items():
+        if name not in found:
+            found[name] = act()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    path.unlink()
+    return found
+
 def processor():
     "The processor's name"
     try:
