@@ -13,8 +13,8 @@ All ways write the same titles, greedily. Each has a process of its own:
 - **descgen**: `descgen.batches.generate`, with its files.
 
 The limit reads the weights once for each step of a full batch, at the rate at which memory is copied. In float32, the texts
-of descgen and of the seed's loop are compared. Memory is that of `descgen.batches.generate` with short texts, for few titles
-and for many. An interrupted call continues with the next part.
+of descgen and of the seed's loop are compared. How memory grows with the number of titles is measured with a tiny random model
+and short texts, because the embedded model would take hours. An interrupted call continues with the next part.
 """
 import json
 import os
@@ -150,10 +150,10 @@ def run_llama16(args): return run_llama(args, "float16")
 
 def run_llama8(args): return run_llama(args, "q8_0")
 
-def load_describer(args):
-    "The adapter, without sources"
+def load_describer(args, adapter):
+    "An adapter, without sources"
     from descgen.describer import Describer
-    return Describer(args.adapter, sources=0, load_in_4bit=False, dtype=args.dtype)
+    return Describer(adapter, sources=0, load_in_4bit=False, dtype=args.dtype)
 
 def batch_settings(args):
     "Greedy texts that are not checked"
@@ -165,13 +165,22 @@ def run_descgen(args):
     from descgen.batches import generate
     settings = batch_settings(args)
     with redirect_stdout(sys.stderr), TemporaryDirectory() as folder:
-        describer = load_describer(args)
+        describer = load_describer(args, args.adapter)
         titles = [row["title"] for row in read_jsonl(args.rows)[:args.titles]]
         describer.describe(titles[:2], settings.sampling, progress=False)
         output = Path(folder)/"out.jsonl"
         took = seconds(lambda: generate(describer, titles, output, settings))
         rows = read_jsonl(output)
-    return {"seconds": took, "texts": [row["text"] for row in rows], "tokens": sum(row["tokens"] for row in rows)}
+    return {"seconds": took, "texts": [row["text"] for row in rows], "tokens": sum(row["tokens"] for row in rows),
+            "gb": peak_memory_gb()}
+
+def tiny_adapter(folder):
+    "A new adapter of a tiny random model"
+    from descgen.checkpoints import save_adapter
+    from descgen.model import LoraSettings, add_lora, load_model, tiny_model
+    base = tiny_model(folder/"base")
+    model, tokenizer = load_model(base, dtype="float32")
+    return save_adapter(add_lora(model, LoraSettings(r=2)), tokenizer, folder/"adapter", base, "float32")
 
 def write_titles(rows, n, path):
     "A file of so many different titles"
@@ -184,8 +193,9 @@ def write_titles(rows, n, path):
 def run_memory(args):
     from descgen.batches import generate
     with redirect_stdout(sys.stderr), TemporaryDirectory() as folder:
-        titles = write_titles(args.rows, args.titles, Path(folder)/"titles.jsonl")
-        outcome = generate(load_describer(args), titles, Path(folder)/"out.jsonl", batch_settings(args))
+        folder = Path(folder)
+        titles, describer = write_titles(args.rows, args.titles, folder/"titles.jsonl"), load_describer(args, tiny_adapter(folder))
+        outcome = generate(describer, titles, folder/"out.jsonl", batch_settings(args))
     return {"rows": outcome.described, "gb": peak_memory_gb()}
 
 def copy_rate():
@@ -226,9 +236,10 @@ def memory_by_titles(args):
     return {str(n): measure(args, "memory", titles=n, new_tokens=SHORT)["gb"] for n in args.memory_titles}
 
 def rate(args, way):
-    "Descriptions per minute and tokens of a way; None if it does not run on this machine"
+    "Descriptions per minute and tokens of a way, and peak memory of descgen; None if it does not run on this machine"
     found = measure(args, way)
-    return found and {"per_minute": 60*len(found["texts"])/found["seconds"], "tokens": found["tokens"]}
+    if found:
+        return {"per_minute": 60*len(found["texts"])/found["seconds"], "tokens": found["tokens"], "gb": found.get("gb")}
 
 def parts(args):
     "What is measured: names, and functions that do it"
@@ -246,7 +257,7 @@ def run(args):
     tokens = found["descgen 0"]["tokens"]
     summary = {"titles": args.titles, "new_tokens": args.new_tokens, "batch_size": args.batch_size, "tokens": tokens,
                "per_minute": medians(rounds), "limit": 60*args.titles/limit_seconds(args, tokens),
-               "equal": found["equal"], "memory_gb": found["memory"]}
+               "equal": found["equal"], "gb": found["descgen 0"]["gb"], "growth_gb": found["memory"]}
     save_result(args.results, "generate", summary, rounds, args.rounds)
 
 LABELS = {"seed": "one title at a time: transformers and PEFT", "batches": "padded batches of 16 in the order of the file",
@@ -262,8 +273,8 @@ def tables(read):
     rows = [[LABELS.get(way, "limit"), f"{speed:,.1f}", f"{speed/speeds['seed']:.1f} ×", f"{speed/speeds['batches']:.1f} ×"]
             for way, speed in speeds.items()]
     equal = "" if s["equal"] is None else f"Texts equal to those of the first way in float32: {s['equal']:.1%}. "
-    sizes = ", ".join(f"{gb:.2f} GB for {int(n):,} titles" for n, gb in s["memory_gb"].items())
-    memory = f"Peak memory with texts of {SHORT} tokens: {sizes}. " if sizes else ""
+    sizes = ", ".join(f"{gb:.2f} GB for {int(n):,} titles" for n, gb in s["growth_gb"].items())
+    memory = f"Peak memory of descgen: {s['gb']:.2f} GB; with a tiny model and texts of {SHORT} tokens {sizes}. "
     about = (f"{s['titles']} titles, greedy, at most {s['new_tokens']} tokens each, batches of {s['batch_size']} in descgen. "
              f"{equal}{memory}{circumstances(record, 'torch', 'transformers')}")
     head = ["", "descriptions per minute", "against one at a time", "against batches of 16"]
