@@ -12,12 +12,14 @@ All ways write the same titles, greedily. Each has a process of its own:
   on some processors.
 - **descgen**: `descgen.batches.generate`, with its files.
 
-The limit reads the weights once for each step of a full batch, at the rate at which memory is copied. In float32, the texts
-of descgen and of the seed's loop are compared. How memory grows with the number of titles is measured with a tiny random model
-and short texts, because the embedded model would take hours. An interrupted call continues with the next part.
+The limits: the weights are read once for each step of a full batch, at the rate at which memory is copied; the products
+with the weights take as long as a large product of as many operations. In float32, the texts of descgen and of the
+seed's loop are compared. How memory grows with the number of titles is measured with a tiny random model and short
+texts, because the embedded model would take hours. An interrupted call continues with the next part.
 """
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -194,7 +196,8 @@ def run_memory(args):
     from descgen.batches import generate
     with redirect_stdout(sys.stderr), TemporaryDirectory() as folder:
         folder = Path(folder)
-        titles, describer = write_titles(args.rows, args.titles, folder/"titles.jsonl"), load_describer(args, tiny_adapter(folder))
+        describer = load_describer(args, tiny_adapter(folder))
+        titles = write_titles(args.rows, args.titles, folder/"titles.jsonl")
         outcome = generate(describer, titles, folder/"out.jsonl", batch_settings(args))
     return {"rows": outcome.described, "gb": peak_memory_gb()}
 
@@ -205,6 +208,22 @@ def copy_rate():
     target = torch.empty_like(source)
     took = min(seconds(lambda: target.copy_(source)) for _ in range(5))
     return 2*source.nbytes/took
+
+def product_rate(n=2048, repeats=20):
+    "Operations per second in a large product in bf16, median"
+    import torch
+    a, b = (torch.randn(n, n, dtype=torch.bfloat16) for _ in range(2))
+    took = [seconds(lambda: a @ b) for _ in range(repeats + 3)]
+    return 2*n**3/statistics.median(took[3:])
+
+def product_seconds(tokens):
+    "The products with all weights for each new token, at the rate of a large product"
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from accelerate import init_empty_weights
+    from descgen.model import embedded_model
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(embedded_model()))
+    return 2*tokens*model.num_parameters()/product_rate()
 
 def limit_seconds(args, tokens):
     "The weights read once for each step of a full batch, at the rate of a copy"
@@ -257,11 +276,15 @@ def run(args):
     tokens = found["descgen 0"]["tokens"]
     summary = {"titles": args.titles, "new_tokens": args.new_tokens, "batch_size": args.batch_size, "tokens": tokens,
                "per_minute": medians(rounds), "limit": 60*args.titles/limit_seconds(args, tokens),
-               "equal": found["equal"], "gb": found["descgen 0"]["gb"], "growth_gb": found["memory"]}
+               "product_limit": 60*args.titles/product_seconds(tokens),
+               "equal": found["equal"], "equal_titles": args.equal_titles,
+               "gb": found["descgen 0"]["gb"], "growth_gb": found["memory"]}
     save_result(args.results, "generate", summary, rounds, args.rounds)
 
-LABELS = {"seed": "one title at a time: transformers and PEFT", "batches": "padded batches of 16 in the order of the file",
-          "continuous": "transformers' `generate_batch`", "llama16": "llama-cpp-python, one title at a time, 16 bits", "llama8": "the same in 8 bits",
+LABELS = {"seed": "one title at a time: transformers and PEFT",
+          "batches": "padded batches of 16 in the order of the file",
+          "continuous": "transformers' `generate_batch`",
+          "llama16": "llama-cpp-python, one title at a time, 16 bits", "llama8": "the same in 8 bits",
           "descgen": "`descgen generate`"}
 
 def tables(read):
@@ -269,13 +292,15 @@ def tables(read):
     if not record:
         return {}
     s = record["summary"]
-    speeds = s["per_minute"] | {"limit": s["limit"]}
-    rows = [[LABELS.get(way, "limit"), f"{speed:,.1f}", f"{speed/speeds['seed']:.1f} ×", f"{speed/speeds['batches']:.1f} ×"]
+    speeds = s["per_minute"] | {"reading the weights": s["limit"], "the products": s["product_limit"]}
+    ratios = {way: [f"{speed/speeds[other]:.1f} ×" for other in ("seed", "batches")] for way, speed in speeds.items()}
+    rows = [[LABELS.get(way, f"limit: {way}"), f"{speed:,.1f}", *ratios[way]]
             for way, speed in speeds.items()]
-    equal = "" if s["equal"] is None else f"Texts equal to those of the first way in float32: {s['equal']:.1%}. "
+    equal = "" if s["equal"] is None else (
+        f"Of {s['equal_titles']} titles in float32, {s['equal']:.1%} of the texts equal those of the first way. ")
     sizes = ", ".join(f"{gb:.2f} GB for {int(n):,} titles" for n, gb in s["growth_gb"].items())
     memory = f"Peak memory of descgen: {s['gb']:.2f} GB; with a tiny model and texts of {SHORT} tokens {sizes}. "
-    about = (f"{s['titles']} titles, greedy, at most {s['new_tokens']} tokens each, batches of {s['batch_size']} in descgen. "
-             f"{equal}{memory}{circumstances(record, 'torch', 'transformers')}")
+    about = (f"{s['titles']} titles, greedy, at most {s['new_tokens']} tokens each, batches of {s['batch_size']} "
+             f"in descgen. {equal}{memory}{circumstances(record, 'torch', 'transformers')}")
     head = ["", "descriptions per minute", "against one at a time", "against batches of 16"]
     return {"generate": [about, "", *markdown_table(head, rows)]}
