@@ -19,7 +19,6 @@ texts, because the embedded model would take hours. An interrupted call continue
 """
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from .gpu.card import matmul_rate
 from .markdown import circumstances, markdown_table
 from .measure import (SCRATCH, measure_parts, medians, peak_memory_gb, print_result, read_jsonl,
     run_child, save_result, seconds)
@@ -209,27 +209,18 @@ def copy_rate():
     took = min(seconds(lambda: target.copy_(source)) for _ in range(5))
     return 2*source.nbytes/took
 
-def product_rate(n=2048, repeats=20):
-    "Operations per second in a large product in bf16, median"
-    import torch
-    a, b = (torch.randn(n, n, dtype=torch.bfloat16) for _ in range(2))
-    took = [seconds(lambda: a @ b) for _ in range(repeats + 3)]
-    return 2*n**3/statistics.median(took[3:])
+def weight_bytes():
+    "Size of the embedded model's weights, in 16 bits"
+    from descgen.model import embedded_model
+    return sum(path.stat().st_size for path in Path(embedded_model()).glob("*.safetensors"))
+
+def reading_seconds(args, tokens):
+    "The weights read once for each step of a full batch, at the rate of a copy"
+    return tokens/args.batch_size*weight_bytes()/copy_rate()
 
 def product_seconds(tokens):
-    "The products with all weights for each new token, at the rate of a large product"
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from accelerate import init_empty_weights
-    from descgen.model import embedded_model
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(embedded_model()))
-    return 2*tokens*model.num_parameters()/product_rate()
-
-def limit_seconds(args, tokens):
-    "The weights read once for each step of a full batch, at the rate of a copy"
-    from descgen.model import embedded_model
-    size = sum(path.stat().st_size for path in Path(embedded_model()).glob("*.safetensors"))
-    return tokens/args.batch_size*size/copy_rate()
+    "The products with all weights for each token, two operations for two bytes, at the rate of a large product"
+    return tokens*weight_bytes()/matmul_rate(2048)
 
 def measure(args, way, **options):
     "A way in a process of its own; None if it does not run on this machine"
@@ -275,7 +266,7 @@ def run(args):
               for number in range(args.rounds)]
     tokens = found["descgen 0"]["tokens"]
     summary = {"titles": args.titles, "new_tokens": args.new_tokens, "batch_size": args.batch_size, "tokens": tokens,
-               "per_minute": medians(rounds), "limit": 60*args.titles/limit_seconds(args, tokens),
+               "per_minute": medians(rounds), "reading_limit": 60*args.titles/reading_seconds(args, tokens),
                "product_limit": 60*args.titles/product_seconds(tokens),
                "equal": found["equal"], "equal_titles": args.equal_titles,
                "gb": found["descgen 0"]["gb"], "growth_gb": found["memory"]}
@@ -292,7 +283,7 @@ def tables(read):
     if not record:
         return {}
     s = record["summary"]
-    speeds = s["per_minute"] | {"reading the weights": s["limit"], "the products": s["product_limit"]}
+    speeds = s["per_minute"] | {"reading the weights": s["reading_limit"], "the products": s["product_limit"]}
     ratios = {way: [f"{speed/speeds[other]:.1f} ×" for other in ("seed", "batches")] for way, speed in speeds.items()}
     rows = [[LABELS.get(way, f"limit: {way}"), f"{speed:,.1f}", *ratios[way]]
             for way, speed in speeds.items()]

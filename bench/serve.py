@@ -37,7 +37,7 @@ def free_port():
 
 @contextmanager
 def served(adapter, folder):
-    "The address and the name of a served model"
+    "The address of a served model"
     port = free_port()
     words = ["serve", "--adapter", str(adapter.resolve()), "--out", f"{folder}/merged", "--port", str(port)]
     command = [sys.executable, "-c", "from descgen.cli import app; app()", *words]
@@ -81,7 +81,7 @@ def run(args):
         api = OpenAI(base_url=address, api_key="none", max_retries=0, timeout=1800)
         ask(api, titles[0], args.new_tokens)
         found = [load(api, titles[:args.alone], 1, args.new_tokens), load(api, titles, args.clients, args.new_tokens)]
-    save_result(args.results, "serve", {"new_tokens": args.new_tokens, "loads": found}, found)
+    save_result(args.results, "serve", {"new_tokens": args.new_tokens, "loads": found})
 
 def tables(read):
     record = read("serve")

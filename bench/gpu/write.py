@@ -7,13 +7,12 @@
 The base is in 4 bits and has an adapter.
 """
 from ..markdown import circumstances, markdown_table
-from ..measure import save_result
+from ..measure import NOTEBOOK, save_result
 from .card import (CARD, add_model_options, card_lock, has_gpu, peak_gb, reset_peak,
     synchronized_time)
 from .models import model_folder, read_rows, with_sources
 
 SIZES, NEW_TOKENS = (1, 8, 32, 128), 128 # batch sizes; tokens of a description
-SOURCE_CHARS = 400 # of each source; the notebook's default
 
 def add_options(parser):
     parser.add_argument("side", choices=["descgen", "plain"])
@@ -108,7 +107,8 @@ def run(args):
     write = WRITERS[args.side](model_folder(args.model, args.work, args.small), args)
     rows = read_rows(args.rows)
     if args.sources:
-        rows = with_sources(rows, args.sources, SOURCE_CHARS)
+        from descgen.recipe import read_defaults
+        rows = with_sources(rows, args.sources, read_defaults(NOTEBOOK)["source_chars"])
     with card_lock():
         found = time_batches(write, rows, args)
     side = args.side + ("-sources" if args.sources else "")
@@ -116,7 +116,8 @@ def run(args):
     save_result(args.results, name, summarize(found, args.new_tokens),
         found, args.rounds, "fastest")
 
-LABELS = {"descgen": "descgen", "descgen-sources": "descgen, two sources in each prompt", "plain": "transformers + PEFT"}
+LABELS = {"descgen": "descgen", "descgen-sources": "descgen, two sources in each prompt",
+          "plain": "transformers + PEFT"}
 
 def tables(read):
     records = {side: record for side in LABELS if (record := read(f"gpu-write-{side}-llama"))}
