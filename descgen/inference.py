@@ -191,12 +191,16 @@ def _complete_in_batches(model, tokenizer, prompts, sampling, noise, bar):
     return [completions[i] for i in range(len(prompts))]
 
 def _complete_in_slots(model, tokenizer, prompts, sampling, noise, bar):
-    "The new tokens of each prompt, by `decode`"
-    from descgen.decoding import decode
+    "The new tokens of each prompt, by `decode` on a CPU and `decode_static` on a GPU"
+    from descgen import decoding, static_decoding
+    from descgen.layers import layer_device
+    device = layer_device(model)
+    noise = None if noise is None else noise.to(device)
     def choose(scores, owners, steps):
         "The most likely tokens, or those that the random numbers sample"
         if noise is None: return scores.argmax(-1)
         return _sample_top_k_top_p(scores, noise[owners, steps], sampling.temperature, sampling.top_p)[:, 0]
+    decode = decoding.decode if device.type == "cpu" else static_decoding.decode_static
     return decode(model, prompts, choose, max_new_tokens=sampling.max_new_tokens, end=tokenizer.eos_token_id,
         pad=tokenizer.pad_token_id, batch_size=sampling.batch_size, on_end=bar.update)
 
@@ -206,11 +210,12 @@ _NEUTRAL = {"_from_model_config", "bos_token_id", "do_sample", "eos_token_id", "
             "max_new_tokens", "pad_token_id", "temperature", "top_k", "top_p", "transformers_version", "use_cache"}
 
 def _can_decode(model):
-    "Whether `decode` writes the same texts as `generate`: on a CPU, if nothing else changes the scores"
+    "Whether `_complete_in_slots` writes the same texts as `generate`"
     from descgen.layers import layer_device
+    from descgen.static_decoding import can_copy
     settings = model.generation_config.to_diff_dict()
     others = [name for name, value in settings.items() if name not in _NEUTRAL and value]
-    return layer_device(model).type == "cpu" and not others
+    return not others and (layer_device(model).type == "cpu" or can_copy(model))
 
 # %% ../nbs/50_inference.ipynb #f4f2eab9
 def complete(
@@ -225,6 +230,7 @@ def complete(
     "Complete prompts"
     from tqdm import tqdm
     from unsloth import FastLanguageModel
+    from descgen.static_decoding import release_copy
     was_training = model.training
     FastLanguageModel.for_inference(model)
     noise = _noise_for(len(prompts), sampling) if noise is None else noise
@@ -232,6 +238,7 @@ def complete(
     with tqdm(total=len(prompts), desc="describing", unit="text", file=sys.stdout, disable=not progress) as bar:
         completions = write(model, tokenizer, prompts, sampling, noise, bar)
     if was_training:
+        release_copy(model) # training needs its memory, and changes the adapter
         FastLanguageModel.for_training(model)
     return completions
 
