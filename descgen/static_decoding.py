@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_SLOTS', 'MEMORY_SHARE', 'INTERVAL', 'COMPILE', 'slot_attention', 'plain_module', 'plain_class', 'merged_weight',
-           'plain_copy', 'can_copy', 'width_class', 'slot_class', 'SlotCache', 'StaticSlots', 'record', 'Texts',
-           'kept_copy', 'release_copy', 'slots_for_memory', 'decode_static']
+           'plain_copy', 'can_copy', 'width_class', 'slot_class', 'SlotCache', 'StaticSlots', 'compiled', 'record',
+           'Texts', 'kept_copy', 'release_copy', 'slots_for_memory', 'decode_static']
 
 # %% ../nbs/35_static_decoding.ipynb #80465f0a
 import importlib.util, sys, threading
@@ -125,7 +125,7 @@ def plain_copy(
     plain.load_state_dict(weights, assign=True)
     return plain.to(device).eval().requires_grad_(False)
 
-# %% ../nbs/35_static_decoding.ipynb #a4d2263f
+# %% ../nbs/35_static_decoding.ipynb #fb98bd4f
 _ROTATIONS = {"default", "linear", "llama3", "yarn"} # the same at each length of the text
 
 def _is_supported(config):
@@ -147,8 +147,10 @@ def can_copy(
         "Whether a layer of PEFT is merged in `merged_weight`, or left out"
         if not isinstance(layer, LoraLayer) or getattr(layer, "merged", False): return False
         return layer.disable_adapters or has_plain_adapter(layer)
-    adapters = [m for m in model.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
-    return _is_supported(_inner(model).config) and all(map(is_plain, adapters))
+    inner = _inner(model)
+    adapters = [m for m in inner.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
+    devices = {weight.device for weight in inner.get_decoder().layers.parameters()}
+    return _is_supported(inner.config) and len(devices) == 1 and all(map(is_plain, adapters))
 
 # %% ../nbs/35_static_decoding.ipynb #1e44ed14
 def width_class(
@@ -204,7 +206,7 @@ class SlotCache(Cache):
         mask = torch.zeros(is_seen.shape, dtype=self.keys.dtype, device=self.lengths.device)
         return mask.masked_fill(~is_seen, -torch.inf)[:, None, None]
 
-# %% ../nbs/35_static_decoding.ipynb #b192212d
+# %% ../nbs/35_static_decoding.ipynb #86855cc7
 class StaticSlots:
     "The tensors of texts that are being written, and the model's step on them"
     def __init__(self,
@@ -219,7 +221,7 @@ class StaticSlots:
         self.cache = SlotCache(model.config, n, capacity, model.dtype, device)
         self.last = torch.zeros(n, dtype=torch.long, device=device) # the last token of each slot
         self.scores = torch.zeros(n, head.weight.shape[0], device=device)
-        self.call = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
+        self.call = compiled(model) if compile else model
         self.graphs = {} if graphs else None # by slots and width
 
     def read(self, slots, prompts, pad):
@@ -257,7 +259,14 @@ class StaticSlots:
         "Bytes of the cache and the scores"
         return sum(t.nbytes for t in (self.cache.keys, self.cache.values, self.scores))
 
-# %% ../nbs/35_static_decoding.ipynb #9f5169fb
+# %% ../nbs/35_static_decoding.ipynb #f1938bee
+def compiled(
+    model, # from `plain_copy`
+): # for `StaticSlots.compute`
+    "A model whose steps are compiled, each number of slots and each width once"
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(model, fullgraph=True, dynamic=False)
+
 def record(
     function, # without parameters; always does the same with the same tensors
     pool=None, # memory that several recordings share
