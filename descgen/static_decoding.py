@@ -314,7 +314,7 @@ class Texts:
         for name in ("owners", "steps", "active", "tokens"):
             setattr(self, name, getattr(self, name)[slots])
 
-# %% ../nbs/35_static_decoding.ipynb #d572be55
+# %% ../nbs/35_static_decoding.ipynb #560515d5
 MIN_SLOTS = 64 # a step with fewer is hardly faster
 
 @dataclass
@@ -331,6 +331,7 @@ class _Writing:
     lengths:list # tokens of each slot, at most
     new:list # new tokens of each prompt
     on_end:object
+    on_tokens:object
 
     def free(self):
         "The slots without a text"
@@ -368,7 +369,7 @@ def _steps(writing, used, interval):
     for _ in range(min(interval, writing.texts.longest - min(begun))):
         _step(writing, used)
 
-# %% ../nbs/35_static_decoding.ipynb #6972df2c
+# %% ../nbs/35_static_decoding.ipynb #5da67d0b
 def _collect(writing, used):
     "Take the texts that have ended out of their slots"
     active = writing.texts.active.tolist() # waits for the GPU
@@ -379,6 +380,15 @@ def _collect(writing, used):
         writing.new[writing.owners[slot]] = row[:count]
         writing.owners[slot] = None
         writing.on_end()
+
+def _report(writing, used):
+    "Tell `on_tokens` the new tokens of each text"
+    tokens, counts = writing.texts.tokens.tolist(), writing.texts.steps.tolist()
+    for slot in used:
+        owner = writing.owners[slot]
+        told = len(writing.new[owner])
+        writing.new[owner] = tokens[slot][:counts[slot]]
+        writing.on_tokens(owner, writing.new[owner][told:])
 
 def _shrink(writing, used):
     "Move the texts to the first slots, and leave the others out"
@@ -394,7 +404,7 @@ def _shrink(writing, used):
     writing.n, writing.owners = n, [writing.owners[slot] for slot in kept]
     writing.lengths = [writing.lengths[slot] for slot in kept]
 
-# %% ../nbs/35_static_decoding.ipynb #f53f632d
+# %% ../nbs/35_static_decoding.ipynb #f249d15f
 def _run(writing, interval):
     "Write until no text is left"
     while True:
@@ -409,6 +419,8 @@ def _run(writing, interval):
                 _shrink(writing, used)
                 used = writing.used()
             _steps(writing, used, interval)
+            if writing.on_tokens is not None:
+                _report(writing, used)
             _collect(writing, used)
 
 # %% ../nbs/35_static_decoding.ipynb #b7a5a8f2
@@ -479,7 +491,7 @@ def _keep_slots(slots):
     device = slots.last.device
     return device.type == "cuda" and 8*slots.memory() <= torch.cuda.get_device_properties(device).total_memory
 
-# %% ../nbs/35_static_decoding.ipynb #a2c59b5f
+# %% ../nbs/35_static_decoding.ipynb #995384df
 INTERVAL = 8 # tokens of each text between two looks
 COMPILE = False # compile steps before they are recorded
 
@@ -505,6 +517,7 @@ def decode_static(
     pad:int, # any token
     batch_size:int=32, # most slots; fewer if memory is short
     on_end=lambda: None, # called for each text that ends
+    on_tokens=None, # called at each look with the number of each prompt and its newest tokens
     interval:int|None=None, # tokens of each text between two looks; None: `INTERVAL`
     graphs:bool|None=None, # record steps; None: on a CUDA device
 )->list[list[int]]: # the new tokens of each prompt, with the end token if it was chosen
@@ -517,7 +530,7 @@ def decode_static(
         slots, n = _slots_for(copy, prompts, max_new_tokens, batch_size, graphs)
         waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         writing = _Writing(slots, Texts(n, max_new_tokens, end, device), prompts, choose, pad, n,
-            waiting, [None]*n, [0]*n, [[] for _ in prompts], on_end)
+            waiting, [None]*n, [0]*n, [[] for _ in prompts], on_end, on_tokens)
         new = _run(writing, interval or INTERVAL)
         if not _keep_slots(slots):
             copy.slots = None
