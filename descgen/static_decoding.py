@@ -369,7 +369,7 @@ def _steps(writing, used, interval):
     for _ in range(min(interval, writing.texts.longest - min(begun))):
         _step(writing, used)
 
-# %% ../nbs/35_static_decoding.ipynb #5da67d0b
+# %% ../nbs/35_static_decoding.ipynb #ec5b0357
 def _collect(writing, used):
     "Take the texts that have ended out of their slots"
     active = writing.texts.active.tolist() # waits for the GPU
@@ -390,9 +390,8 @@ def _report(writing, used):
         writing.new[owner] = tokens[slot][:counts[slot]]
         writing.on_tokens(owner, writing.new[owner][told:])
 
-def _shrink(writing, used):
-    "Move the texts to the first slots, and leave the others out"
-    n = slot_class(len(used))
+def _shrink(writing, used, n):
+    "Move the texts to the first `n` slots, and leave the others out"
     kept = used + writing.free()[:n - len(used)]
     cache, texts = writing.slots.cache, writing.texts
     width = max(writing.lengths[slot] for slot in used)
@@ -404,7 +403,7 @@ def _shrink(writing, used):
     writing.n, writing.owners = n, [writing.owners[slot] for slot in kept]
     writing.lengths = [writing.lengths[slot] for slot in kept]
 
-# %% ../nbs/35_static_decoding.ipynb #f249d15f
+# %% ../nbs/35_static_decoding.ipynb #9bce77a1
 def _run(writing, interval):
     "Write until no text is left"
     while True:
@@ -414,9 +413,9 @@ def _run(writing, interval):
         elif not used:
             return writing.new
         else:
-            smaller = max(MIN_SLOTS, slot_class(4*len(used)))
-            if not writing.waiting and smaller < writing.n:
-                _shrink(writing, used)
+            smaller = max(MIN_SLOTS, slot_class(len(used)))
+            if not writing.waiting and 4*smaller <= writing.n:
+                _shrink(writing, used, smaller)
                 used = writing.used()
             _steps(writing, used, interval)
             if writing.on_tokens is not None:
