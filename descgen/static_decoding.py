@@ -403,7 +403,18 @@ def _shrink(writing, used, n):
     writing.n, writing.owners = n, [writing.owners[slot] for slot in kept]
     writing.lengths = [writing.lengths[slot] for slot in kept]
 
-# %% ../nbs/35_static_decoding.ipynb #9bce77a1
+# %% ../nbs/35_static_decoding.ipynb #da7b6e7d
+def _advance(writing, used, interval):
+    "Write some tokens of each text, and take texts that have ended out"
+    smaller = max(MIN_SLOTS, slot_class(len(used)))
+    if not writing.waiting and 4*smaller <= writing.n:
+        _shrink(writing, used, smaller)
+        used = writing.used()
+    _steps(writing, used, interval)
+    if writing.on_tokens is not None:
+        _report(writing, used)
+    _collect(writing, used)
+
 def _run(writing, interval):
     "Write until no text is left"
     while True:
@@ -413,14 +424,7 @@ def _run(writing, interval):
         elif not used:
             return writing.new
         else:
-            smaller = max(MIN_SLOTS, slot_class(len(used)))
-            if not writing.waiting and 4*smaller <= writing.n:
-                _shrink(writing, used, smaller)
-                used = writing.used()
-            _steps(writing, used, interval)
-            if writing.on_tokens is not None:
-                _report(writing, used)
-            _collect(writing, used)
+            _advance(writing, used, interval)
 
 # %% ../nbs/35_static_decoding.ipynb #b7a5a8f2
 def _adapter_state(inner):

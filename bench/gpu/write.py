@@ -249,8 +249,11 @@ def run(args):
 
 # Tables
 
-LABELS = {"descgen": "descgen", "compiled": "descgen, compiled", "descgen-sources": "descgen, two sources in each prompt",
-          "static": "transformers, merged, static cache", "merged": "transformers, merged", "plain": "transformers + PEFT"}
+LABELS = {
+    "descgen": "descgen", "compiled": "descgen, compiled",
+    "descgen-sources": "descgen, two sources in each prompt",
+    "static": "transformers, merged, static cache", "merged": "transformers, merged",
+    "plain": "transformers + PEFT"}
 
 def table_of(records, key, form, sizes):
     "A figure by batch size and way; empty where it was not measured"
