@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from ..measure import ROOT, SCRATCH
 from .card import GPU_SCRATCH, add_model_options
 from .precision import BASES
+from .write import ALL_SIDES
 
 KINDS = ["speed", "settings", "write", "proofs", "precision", "rounding", "notebook", "fallbacks"]
 
@@ -53,7 +54,7 @@ def make_groups():
     rounding = Part("rounding", "gpu-rounding", takes_models=False)
     speeds = [Part("speed", "gpu-speed", (side, "llama")) for side in ("unsloth", "plain")]
     settings = Part("settings", "gpu-speed", ("settings", "llama"))
-    writes = [Part("write", "gpu-write", (side, "llama")) for side in ("descgen", "plain")]
+    writes = [Part("write", "gpu-write", (side, "llama")) for side in ALL_SIDES]
     return [
         [Part("models", "gpu-models", (model,)) for model in models],
         [*proofs, *precision_parts("unsloth", BASES), rounding],
