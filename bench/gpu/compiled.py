@@ -92,9 +92,9 @@ def speed_side(args, recipe, rows, tokens, save):
 # Profile
 
 KINDS = { # the first pattern that a kernel's name contains tells its kind
-    "attention": "flex|flash|fmha|attention", "products": r"gemm|nvjet|cutlass|cublas|mm_|mm\b",
-    "loss": "cross_entropy|fused_linear|softmax|_ce_", "optimizer": "adam|optim|multi_tensor",
-    "copies": "memcpy|memset|copy|::cat", "fused operations": "triton"}
+    "attention": "flex|flash|fmha|attention", "fused operations": "triton_(poi|per|red)",
+    "products": r"gemm|nvjet|cutlass|cublas|mm_|mm\b", "loss": "cross_entropy|fused_linear|softmax|_ce_",
+    "optimizer": "adam|optim|multi_tensor", "copies": "memcpy|memset|copy|::cat"}
 
 def kind_of(kernel):
     "What a kernel computes, by its name"
