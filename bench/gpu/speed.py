@@ -68,12 +68,15 @@ def conversations(rows):
     return [{"messages": chat_messages(r["title"], r["content"])} for r in rows]
 
 def make_watch():
-    "A callback that notes when each step ends, and counts the tokens that the model gets"
+    "A callback that notes when each step ends, its loss, and counts the tokens that the model gets"
     from transformers import TrainerCallback
     class Watch(TrainerCallback):
-        times, tokens, given = [], [], 0
+        begin, times, tokens, losses, given = 0., [], [], [], 0
         def on_train_begin(self, *args, **kw):
-            self.times, self.tokens, self.given = [], [], 0
+            self.begin, self.times, self.tokens, self.losses, self.given = synchronized_time(), [], [], [], 0
+        def on_log(self, args, state, control, logs=None, **kw):
+            if "loss" in (logs or {}):
+                self.losses.append(float(logs["loss"]))
         def on_step_end(self, *args, **kw):
             self.times.append(synchronized_time())
             self.tokens.append(int(self.given))
@@ -88,8 +91,10 @@ def rate(watch, model, card):
     took = watch.times[-1] - watch.times[WARM - 1]
     tokens = watch.tokens[-1] - watch.tokens[WARM - 1]
     share = tokens/took*flop_per_token(model.config)/card
+    step = took/(len(watch.times) - WARM)
     return {"tokens_per_second": tokens/took, "useful_tokens": tokens,
-            "seconds": took, "memory_gb": peak_gb(),
+            "seconds": took, "memory_gb": peak_gb(), "losses": watch.losses,
+            "warmup_seconds": watch.times[WARM - 1] - watch.begin - WARM*step,
             "card_tflops": card/1e12, "share_of_card": share}
 
 def steps_for(recipe, each, tokens):
@@ -139,7 +144,7 @@ def compiled(on):
 
 # The ways: each trains for about so many tokens and returns the model
 
-def train_descgen(recipe, rows, tokens, watch, compile=False):
+def train_descgen(recipe, rows, tokens, watch, compile=False, callbacks=()):
     "descgen, as the notebook trains"
     from datasets import Dataset
     from descgen.formatting import template_parts
@@ -161,7 +166,7 @@ def train_descgen(recipe, rows, tokens, watch, compile=False):
     recipe = recipe.model_copy(update={"max_steps": steps_for(recipe, each, tokens)})
     try:
         with compiled(compile):
-            train(model, tokenizer, packs, recipe, callbacks=[watch])
+            train(model, tokenizer, packs, recipe, callbacks=[watch, *callbacks])
     finally:
         if has_gpu(): # the next way may be Unsloth's own
             patch_functions({new: old for old, new in unsloth_replacements().items()})
