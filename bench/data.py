@@ -31,7 +31,6 @@ BAD_LINES = 1000
 NOT_COUNTED = ("load_model", "completion_loss") # cells that load the model or judge the base model
 PAIRS = 4 # of limit and descgen, with nothing else running
 GROUNDED = {"sources": 2, "targets": "supported"} # of a start with sources
-SOURCE_CHARS = 400 # the notebook's default
 TITLES = 1000 # of each kind, to find sources of
 
 def add_options(parser):
@@ -136,12 +135,14 @@ def sources_index(path, cache):
     "The index of sources: its building, its size, and how fast it finds sources"
     from datasets import disable_progress_bars
     from descgen.dataset import DataSettings, load_data
+    from descgen.recipe import read_defaults
     from descgen.sources import Sources, title_counts, write_sources
     disable_progress_bars()
     data = load_data(path, DataSettings(near_up_to=0, **RECIPE), cache)
     title_counts(["a title"]) # imports, before the clock starts
+    chars = read_defaults(NOTEBOOK)["source_chars"]
     start = time.perf_counter()
-    folder = write_sources(data.train, Path(cache)/f"sources-{uuid.uuid4().hex}", SOURCE_CHARS)
+    folder = write_sources(data.train, Path(cache)/f"sources-{uuid.uuid4().hex}", chars)
     built = {"seconds": time.perf_counter() - start, "rows": len(data.train), "build_gb": peak_memory_gb(),
              "disk_gb": sum(f.stat().st_size for f in folder.iterdir())/1e9}
     return built | query_rates(Sources(folder), data)

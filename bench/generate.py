@@ -12,9 +12,10 @@ All ways write the same titles, greedily. Each has a process of its own:
   on some processors.
 - **descgen**: `descgen.batches.generate`, with its files.
 
-The limit reads the weights once for each step of a full batch, at the rate at which memory is copied. In float32, the texts
-of descgen and of the seed's loop are compared. How memory grows with the number of titles is measured with a tiny random model
-and short texts, because the embedded model would take hours. An interrupted call continues with the next part.
+The limits: the weights are read once for each step of a full batch, at the rate at which memory is copied; the products
+with the weights take as long as a large product of as many operations. In float32, the texts of descgen and of the
+seed's loop are compared. How memory grows with the number of titles is measured with a tiny random model and short
+texts, because the embedded model would take hours. An interrupted call continues with the next part.
 """
 import json
 import os
@@ -27,6 +28,7 @@ from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from .gpu.card import matmul_rate
 from .markdown import circumstances, markdown_table
 from .measure import (SCRATCH, measure_parts, medians, peak_memory_gb, print_result, read_jsonl,
     run_child, save_result, seconds)
@@ -194,7 +196,8 @@ def run_memory(args):
     from descgen.batches import generate
     with redirect_stdout(sys.stderr), TemporaryDirectory() as folder:
         folder = Path(folder)
-        titles, describer = write_titles(args.rows, args.titles, folder/"titles.jsonl"), load_describer(args, tiny_adapter(folder))
+        describer = load_describer(args, tiny_adapter(folder))
+        titles = write_titles(args.rows, args.titles, folder/"titles.jsonl")
         outcome = generate(describer, titles, folder/"out.jsonl", batch_settings(args))
     return {"rows": outcome.described, "gb": peak_memory_gb()}
 
@@ -206,11 +209,18 @@ def copy_rate():
     took = min(seconds(lambda: target.copy_(source)) for _ in range(5))
     return 2*source.nbytes/took
 
-def limit_seconds(args, tokens):
-    "The weights read once for each step of a full batch, at the rate of a copy"
+def weight_bytes():
+    "Size of the embedded model's weights, in 16 bits"
     from descgen.model import embedded_model
-    size = sum(path.stat().st_size for path in Path(embedded_model()).glob("*.safetensors"))
-    return tokens/args.batch_size*size/copy_rate()
+    return sum(path.stat().st_size for path in Path(embedded_model()).glob("*.safetensors"))
+
+def reading_seconds(args, tokens):
+    "The weights read once for each step of a full batch, at the rate of a copy"
+    return tokens/args.batch_size*weight_bytes()/copy_rate()
+
+def product_seconds(tokens):
+    "The products with all weights for each token, two operations for two bytes, at the rate of a large product"
+    return tokens*weight_bytes()/matmul_rate(2048)
 
 def measure(args, way, **options):
     "A way in a process of its own; None if it does not run on this machine"
@@ -256,12 +266,16 @@ def run(args):
               for number in range(args.rounds)]
     tokens = found["descgen 0"]["tokens"]
     summary = {"titles": args.titles, "new_tokens": args.new_tokens, "batch_size": args.batch_size, "tokens": tokens,
-               "per_minute": medians(rounds), "limit": 60*args.titles/limit_seconds(args, tokens),
-               "equal": found["equal"], "gb": found["descgen 0"]["gb"], "growth_gb": found["memory"]}
+               "per_minute": medians(rounds), "reading_limit": 60*args.titles/reading_seconds(args, tokens),
+               "product_limit": 60*args.titles/product_seconds(tokens),
+               "equal": found["equal"], "equal_titles": args.equal_titles,
+               "gb": found["descgen 0"]["gb"], "growth_gb": found["memory"]}
     save_result(args.results, "generate", summary, rounds, args.rounds)
 
-LABELS = {"seed": "one title at a time: transformers and PEFT", "batches": "padded batches of 16 in the order of the file",
-          "continuous": "transformers' `generate_batch`", "llama16": "llama-cpp-python, one title at a time, 16 bits", "llama8": "the same in 8 bits",
+LABELS = {"seed": "one title at a time: transformers and PEFT",
+          "batches": "padded batches of 16 in the order of the file",
+          "continuous": "transformers' `generate_batch`",
+          "llama16": "llama-cpp-python, one title at a time, 16 bits", "llama8": "the same in 8 bits",
           "descgen": "`descgen generate`"}
 
 def tables(read):
@@ -269,13 +283,15 @@ def tables(read):
     if not record:
         return {}
     s = record["summary"]
-    speeds = s["per_minute"] | {"limit": s["limit"]}
-    rows = [[LABELS.get(way, "limit"), f"{speed:,.1f}", f"{speed/speeds['seed']:.1f} ×", f"{speed/speeds['batches']:.1f} ×"]
+    speeds = s["per_minute"] | {"reading the weights": s["reading_limit"], "the products": s["product_limit"]}
+    ratios = {way: [f"{speed/speeds[other]:.1f} ×" for other in ("seed", "batches")] for way, speed in speeds.items()}
+    rows = [[LABELS.get(way, f"limit: {way}"), f"{speed:,.1f}", *ratios[way]]
             for way, speed in speeds.items()]
-    equal = "" if s["equal"] is None else f"Texts equal to those of the first way in float32: {s['equal']:.1%}. "
+    equal = "" if s["equal"] is None else (
+        f"Of {s['equal_titles']} titles in float32, {s['equal']:.1%} of the texts equal those of the first way. ")
     sizes = ", ".join(f"{gb:.2f} GB for {int(n):,} titles" for n, gb in s["growth_gb"].items())
     memory = f"Peak memory of descgen: {s['gb']:.2f} GB; with a tiny model and texts of {SHORT} tokens {sizes}. "
-    about = (f"{s['titles']} titles, greedy, at most {s['new_tokens']} tokens each, batches of {s['batch_size']} in descgen. "
-             f"{equal}{memory}{circumstances(record, 'torch', 'transformers')}")
+    about = (f"{s['titles']} titles, greedy, at most {s['new_tokens']} tokens each, batches of {s['batch_size']} "
+             f"in descgen. {equal}{memory}{circumstances(record, 'torch', 'transformers')}")
     head = ["", "descriptions per minute", "against one at a time", "against batches of 16"]
     return {"generate": [about, "", *markdown_table(head, rows)]}

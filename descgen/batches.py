@@ -663,8 +663,7 @@ def generate_steps(
     check_output(output, overwrite)
     with _exclusive(paths["partial"]), _as_file(input) as (path, name):
         source = _inspect_input(path, settings)
-        if settings.fill:
-            _check_fill(source, output)
+        if settings.fill: _check_fill(source, output)
         entries = json.loads(to_json(_settings_entries(describer, path, name, settings)))
         n_read, n_rows = _count_rows(source, settings)
         if not n_read: raise ValueError(f"{name} contains no title.")

@@ -92,6 +92,17 @@ def save_vote(
     with open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(vote, ensure_ascii=False) + "\n")
 
+# %% ../nbs/66_blind_test.ipynb #c278ed3d
+def _show_next(boxes, buttons, pairs, path):
+    "Show the next pair, or the result"
+    judged = _count_votes(path)
+    done = judged >= len(pairs)
+    contents = [escape(_describe_votes(path)), "", ""] if done else _pair_as_html(pairs, judged)
+    for box, html in zip(boxes, contents):
+        box.value = html
+    for button in buttons:
+        button.disabled = done
+
 # %% ../nbs/66_blind_test.ipynb #f857a84b
 def blind_test(
     pairs:list[dict], # from `pairs_to_judge`
@@ -102,21 +113,12 @@ def blind_test(
     texts = [w.HTML() for _ in range(3)]
     buttons = [w.Button(description=d)
                for d in ("left is better", "no difference", "right is better")]
-    def show_next():
-        "Show the next pair, or the result"
-        done = _count_votes(path) >= len(pairs)
-        contents = ([escape(_describe_votes(path)), "", ""] if done
-                    else _pair_as_html(pairs, _count_votes(path)))
-        for box, html in zip(texts, contents):
-            box.value = html
-        for button in buttons:
-            button.disabled = done
     def vote_for(button):
         "Store the vote that a button stands for"
         save_vote(path, pairs[_count_votes(path)], buttons.index(button))
-        show_next()
+        _show_next(texts, buttons, pairs, path)
     for button in buttons:
         button.on_click(vote_for)
-    show_next()
+    _show_next(texts, buttons, pairs, path)
     return w.VBox(
         [texts[0], w.HBox(texts[1:], layout=w.Layout(align_items="flex-start")), w.HBox(buttons)])

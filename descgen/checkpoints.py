@@ -92,6 +92,21 @@ def _resumable_checkpoint(checkpoints):
         else: _rename_damaged(checkpoint)
     return complete
 
+# %% ../nbs/43_checkpoints.ipynb #b7ff4264
+def _refuse_other_run(folder, differences, theirs):
+    "FileExistsError if a folder holds another run's checkpoints or adapter"
+    if not differences or not (list_checkpoints(folder) or (folder/"adapter").exists()): return
+    reason = "; ".join(differences) if theirs else "it left no manifest.json"
+    raise FileExistsError(f"{folder} holds another run's checkpoints or adapter ({reason}). "
+        "Give this run its own output_dir, or set overwrite=True to replace them.")
+
+def _checkpoint_to_resume(folder, resumes):
+    "The checkpoint to resume from; those of a run that is not resumed are removed"
+    checkpoints = list_checkpoints(folder)
+    if resumes: return _resumable_checkpoint(checkpoints)
+    for old in checkpoints: shutil.rmtree(old)
+    (folder/BEST_WEIGHTS).unlink(missing_ok=True)
+
 # %% ../nbs/43_checkpoints.ipynb #e0e6d3a5
 def prepare_output_dir(
     recipe_as_given:Recipe, # "auto" included
@@ -101,16 +116,11 @@ def prepare_output_dir(
     "Prepare `output_dir` for this run; FileExistsError if it holds another run and `overwrite` is not set"
     folder, manifest = Path(recipe.output_dir), load_manifest(recipe.output_dir)
     mine, theirs = run_fingerprint(recipe, file_key), manifest.get("fingerprint", {})
-    differences, checkpoints = _describe_differences(theirs, mine), list_checkpoints(folder)
-    if (checkpoints or (folder/"adapter").exists()) and differences and not recipe.overwrite:
-        reason = "; ".join(differences) if theirs else "it left no manifest.json"
-        raise FileExistsError(f"{folder} holds another run's checkpoints or adapter ({reason}). "
-            "Give this run its own output_dir, or set overwrite=True to replace them.")
+    differences = _describe_differences(theirs, mine)
+    if not recipe.overwrite:
+        _refuse_other_run(folder, differences, theirs)
     resumes = not differences and manifest.get("state") in ("running", "failed", "interrupted")
-    checkpoint = _resumable_checkpoint(checkpoints) if resumes else None
-    if not resumes:
-        for old in checkpoints: shutil.rmtree(old)
-        (folder/BEST_WEIGHTS).unlink(missing_ok=True)
+    checkpoint = _checkpoint_to_resume(folder, resumes)
     # without it: written by the caller for this run
     kept = manifest if "fingerprint" not in manifest else {}
     if resumes and "model" in manifest: kept = {"model": manifest["model"]} # for `check_base_model`

@@ -109,14 +109,12 @@ def _report(path, max_length, **options):
 @app.command("evaluate")
 def evaluate(
     adapter:Annotated[Path, typer.Option(help="The adapter's folder, inside its run's folder")],
-    data:Annotated[Path|None, typer.Option(
-        help="A file with other test rows; else the run's own test rows")]=None,
+    data:Annotated[Path|None, typer.Option(help="A file with other test rows; else the run's own test rows")]=None,
     title_field:TitleField="auto",
     content_field:ContentField="auto",
     encoding:Encoding="auto",
     rows:Annotated[int|None, typer.Option(min=1, help="Most test rows")]=None,
-    page:Annotated[Path|None, typer.Option("--page",
-        help="The HTML page; else report.html in the run's folder")]=None,
+    page:Annotated[Path|None, typer.Option("--page", help="The HTML page; else report.html in the run's folder")]=None,
     as_json:Annotated[bool, typer.Option("--json", help="Print all figures as JSON")]=False,
 ):
     "Test whether fine-tuning helped, and by how much; ends with 1 if that cannot be measured"
@@ -584,8 +582,7 @@ def sweep(
         fingerprints = [_check_parameters(values, notebook)[1] for values in sets]
         manifests = []
         for values, fingerprint in zip(sets, fingerprints):
-            manifests.append(
-                find_finished(fingerprint, root) or _start(values, name, root, notebook)[1])
+            manifests.append(find_finished(fingerprint, root) or _start(values, name, root, notebook)[1])
     varied, rows = _varied_parameters(sets), []
     for values, m in zip(sets, manifests):
         rows.append([m.id, m.state, (m.test_loss or {}).get("after"), *map(values.get, varied)])

@@ -13,6 +13,7 @@ from os.path import commonprefix
 
 import unsloth # before transformers
 import torch
+from fastcore.basics import patch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .lora import cast_lora_weights
@@ -64,14 +65,16 @@ class Slots:
         layers = [_SlotLayer(self, number) for number in range(config.num_hidden_layers)]
         self.cache = Cache(layers=layers)
 
-    def write(self, layer, keys, values):
-        "Write one token behind each slot of a layer; returns keys and values of all slots"
-        n = len(self.lengths)
-        rows, found = torch.arange(n), []
-        for stored, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            stored[rows, :, self.lengths] = new[:, :, 0]
-            found.append(stored[:n, :, :self.width])
-        return tuple(found)
+# %% ../nbs/34_decoding.ipynb #9ca20a71
+@patch
+def write(self:Slots, layer, keys, values):
+    "Write one token behind each slot of a layer; returns keys and values of all slots"
+    n = len(self.lengths)
+    rows, found = torch.arange(n), []
+    for stored, new in ((self.keys[layer], keys), (self.values[layer], values)):
+        stored[rows, :, self.lengths] = new[:, :, 0]
+        found.append(stored[:n, :, :self.width])
+    return tuple(found)
 
 # %% ../nbs/34_decoding.ipynb #4a80fbd4
 def put(

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from fastcore.basics import patch
 from .claims import LANGUAGES, common_words, detect_language
 from .files import short_path
 from .formatting import prompt_ids, template_parts
@@ -89,77 +90,90 @@ class Describer:
         rows = f" of {len(self.index.rows):,} rows" if self.index else ""
         return f"Describer({str(self.folder)!r}, {self.n_sources} sources{rows})"
 
-    def sources_of(self,
-        titles:list[str], # any texts
-    )->list[list[dict]]: # for each title `uid`, `title` and `content` of its sources, the most similar first
-        "The sources of titles; empty lists without sources, or if no title of the index shares a word"
-        titles = _check_titles(titles)
-        if not self.n_sources: return [[] for _ in titles]
-        return source_rows(self.index, self.index.nearest(titles, self.n_sources))
+# %% ../nbs/52_describer.ipynb #4a27a49a
+@patch
+def sources_of(self:Describer,
+    titles:list[str], # any texts
+)->list[list[dict]]: # for each title `uid`, `title` and `content` of its sources, the most similar first
+    "The sources of titles; empty lists without sources, or if no title of the index shares a word"
+    titles = _check_titles(titles)
+    if not self.n_sources: return [[] for _ in titles]
+    return source_rows(self.index, self.index.nearest(titles, self.n_sources))
 
-    def prompt_lengths(self,
-        titles:list[str], # any texts
-    )->list[int]: # in tokens
-        "The length of each title's prompt, sources included"
-        return [len(prompt_ids(title, self.tokenizer, self.parts, own))
-                for title, own in zip(titles, self.sources_of(titles))]
+@patch
+def prompt_lengths(self:Describer,
+    titles:list[str], # any texts
+)->list[int]: # in tokens
+    "The length of each title's prompt, sources included"
+    return [len(prompt_ids(title, self.tokenizer, self.parts, own))
+            for title, own in zip(titles, self.sources_of(titles))]
 
-    def identity(self)->dict: # names and hashes
-        "What identifies the adapter, its base and its index of sources"
-        from descgen.layers import layer_device
-        return {"adapter": short_path(str(self.folder)), "adapter_sha256": adapter_hash(self.folder),
-            "base": model_fingerprint(self.model, self.tokenizer),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": layer_device(self.model).type,
-            "max_seq_length": self.max_seq_length, "sources": self.n_sources,
-            "sources_hash": self.index.hash if self.index else None,
-            "claim_probability": read_settings(self.folder).get("claim_probability") if self.index else None}
+# %% ../nbs/52_describer.ipynb #017b5491
+@patch
+def identity(self:Describer)->dict: # names and hashes
+    "What identifies the adapter, its base and its index of sources"
+    from descgen.layers import layer_device
+    return {"adapter": short_path(str(self.folder)), "adapter_sha256": adapter_hash(self.folder),
+        "base": model_fingerprint(self.model, self.tokenizer),
+        "dtype": str(self.model.dtype).removeprefix("torch."),
+        "device": layer_device(self.model).type,
+        "max_seq_length": self.max_seq_length, "sources": self.n_sources,
+        "sources_hash": self.index.hash if self.index else None,
+        "claim_probability": read_settings(self.folder).get("claim_probability") if self.index else None}
 
-    def verifies(self,
-        verify:bool|None=None, # as in `describe`
-    )->bool:
-        "Whether unsupported claims are left out"
-        return self.trained_with_sources if verify is None else verify
+# %% ../nbs/52_describer.ipynb #615a875c
+@patch
+def verifies(self:Describer,
+    verify:bool|None=None, # as in `describe`
+)->bool:
+    "Whether unsupported claims are left out"
+    return self.trained_with_sources if verify is None else verify
 
-    def describe(self,
-        titles:list[str], # any texts
-        sampling:Sampling=Sampling(), # number and choice of the tokens
-        *,
-        verify:bool|None=None, # leave unsupported claims out; None: if the adapter was trained with sources
-        strict:bool=False, # a claim must stand in the title, or in all sources alike
-        keys:list[str]|None=None, # random numbers by these keys, not by position: see `seeded_noise`
-        progress:bool=True, # show a progress bar
-    )->list[Verified]: # one per title
-        "Describe titles"
-        titles = _check_titles(titles)
-        sources, checks = self.sources_of(titles), replace(self.checks, strict=strict)
-        model, tokenizer, parts = self.model, self.tokenizer, self.parts
-        if self.verifies(verify):
-            return describe_verified(
-                model, tokenizer, titles, parts, sampling, sources, checks, keys=keys,
-                progress=progress)
-        prompts = [prompt_ids(title, tokenizer, parts, own) for title, own in zip(titles, sources)]
-        noise = seeded_noise([f"{key} 0" for key in keys], sampling) if keys else None
-        completions = complete(model, tokenizer, prompts, sampling, noise=noise, progress=progress)
-        return [_whole_text(tokenizer, new, title, own, checks)
-                for new, title, own in zip(completions, titles, sources)]
+# %% ../nbs/52_describer.ipynb #ba3253a2
+@patch
+def describe(self:Describer,
+    titles:list[str], # any texts
+    sampling:Sampling=Sampling(), # number and choice of the tokens
+    *,
+    verify:bool|None=None, # leave unsupported claims out; None: if the adapter was trained with sources
+    strict:bool=False, # a claim must stand in the title, or in all sources alike
+    keys:list[str]|None=None, # random numbers by these keys, not by position: see `seeded_noise`
+    progress:bool=True, # show a progress bar
+)->list[Verified]: # one per title
+    "Describe titles"
+    titles = _check_titles(titles)
+    sources, checks = self.sources_of(titles), replace(self.checks, strict=strict)
+    model, tokenizer, parts = self.model, self.tokenizer, self.parts
+    if self.verifies(verify):
+        return describe_verified(
+            model, tokenizer, titles, parts, sampling, sources, checks, keys=keys,
+            progress=progress)
+    prompts = [prompt_ids(title, tokenizer, parts, own) for title, own in zip(titles, sources)]
+    noise = seeded_noise([f"{key} 0" for key in keys], sampling) if keys else None
+    completions = complete(model, tokenizer, prompts, sampling, noise=noise, progress=progress)
+    return [_whole_text(tokenizer, new, title, own, checks)
+            for new, title, own in zip(completions, titles, sources)]
 
-    def stream(self,
-        title:str, # any text
-        sampling:Sampling=Sampling(), # number and choice of the tokens
-        *,
-        verify:bool|None=None, # as in `describe`: yields verified sentences, else pieces of words
-        strict:bool=False, # as in `describe`
-    ): # yields pieces of text; returns the `Verified`
-        "Describe one title piece by piece"
-        (sources,), checks = self.sources_of([title]), replace(self.checks, strict=strict)
-        model, tokenizer, parts = self.model, self.tokenizer, self.parts
-        if self.verifies(verify):
-            return (yield from stream_verified(model, tokenizer, title, parts, sampling, sources, checks))
-        new = yield from stream(model, tokenizer, title, parts, sampling, sources)
-        return _whole_text(tokenizer, new, title, sources, checks)
+# %% ../nbs/52_describer.ipynb #92a63ff0
+@patch
+def stream(self:Describer,
+    title:str, # any text
+    sampling:Sampling=Sampling(), # number and choice of the tokens
+    *,
+    verify:bool|None=None, # as in `describe`: yields verified sentences, else pieces of words
+    strict:bool=False, # as in `describe`
+): # yields pieces of text; returns the `Verified`
+    "Describe one title piece by piece"
+    (sources,), checks = self.sources_of([title]), replace(self.checks, strict=strict)
+    model, tokenizer, parts = self.model, self.tokenizer, self.parts
+    if self.verifies(verify):
+        return (yield from stream_verified(model, tokenizer, title, parts, sampling, sources, checks))
+    new = yield from stream(model, tokenizer, title, parts, sampling, sources)
+    return _whole_text(tokenizer, new, title, sources, checks)
 
-    def base_describe(self, titles, *args, **options)->list[Verified]:
-        "Describe titles with the base alone: the same prompts, sources and options as `describe`"
-        with self.model.disable_adapter():
-            return self.describe(titles, *args, **options)
+# %% ../nbs/52_describer.ipynb #bf16172b
+@patch
+def base_describe(self:Describer, titles, *args, **options)->list[Verified]:
+    "Describe titles with the base alone: the same prompts, sources and options as `describe`"
+    with self.model.disable_adapter():
+        return self.describe(titles, *args, **options)

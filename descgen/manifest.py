@@ -117,8 +117,7 @@ class _TrainingEntries(BaseModel):
     funnel: dict|None = Field(None, description="number of rows used, and rejected for each reason")
     cleaned: dict|None = Field(None, description="number of rows that each cleaning step changed")
     plan: dict|None = Field(None, description="planned steps, tokens, memory and time")
-    leaks: list|None = Field(None,
-        description="test rows with a near-duplicate among the training rows")
+    leaks: list|None = Field(None, description="test rows with a near-duplicate among the training rows")
     history: list|None = Field(None, description="losses by step")
     skipped_steps: int|None = Field(None,
         description="optimizer steps that fp16's loss scaling skipped")

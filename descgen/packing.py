@@ -14,6 +14,7 @@ from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 
 import numpy as np
+from fastcore.basics import patch
 from .formatting import IGNORE_INDEX, TemplateParts, encode_rows
 
 # %% ../nbs/23_packing.ipynb #c072
@@ -70,28 +71,30 @@ class _PackBlocks:
     seed:int = 42 # of the order of packs within a block, and of the blocks from the second epoch on
     block_rows:int = 1000 # rows that are packed together
     grounding:object = None # a `Grounding`: sources of the rows, and what of their contents is learnt
-
     def __post_init__(self):
         self.tokenizer = copy.deepcopy(self.tokenizer) # used in another thread than the training
         self.n_blocks = -(-len(self.rows)//self.block_rows)
         self.rejected, self.left_out = {}, {} # by block read: rejected rows; sentences that are not learnt
         self.block = lru_cache(4)(self._make_block)
 
-    def _block_of_rows(self, number):
-        "The rows of one block, grounded, the sentences removed from each, and the rejected rows"
-        numbers = range(number*self.block_rows, min((number + 1)*self.block_rows, len(self.rows)))
-        rows = self.rows.select(numbers).to_list()
-        if not self.grounding: return rows, [], []
-        return self.grounding.training_rows(rows, numbers)
+# %% ../nbs/23_packing.ipynb #2cd94605
+@patch
+def _block_of_rows(self:_PackBlocks, number):
+    "The rows of one block, grounded, the sentences removed from each, and the rejected rows"
+    numbers = range(number*self.block_rows, min((number + 1)*self.block_rows, len(self.rows)))
+    rows = self.rows.select(numbers).to_list()
+    if not self.grounding: return rows, [], []
+    return self.grounding.training_rows(rows, numbers)
 
-    def _make_block(self, number):
-        "The packs of one block of rows, not shuffled"
-        rows, removed, rejected = self._block_of_rows(number)
-        examples, too_long = encode_rows(
-            rows, self.tokenizer, self.parts, self.max_length, self.loss_on)
-        self.rejected[number] = rejected + too_long
-        self.left_out[number] = sum(map(len, removed))
-        return pack_examples(examples, self.max_length, self.packing) if examples else []
+@patch
+def _make_block(self:_PackBlocks, number):
+    "The packs of one block of rows, not shuffled"
+    rows, removed, rejected = self._block_of_rows(number)
+    examples, too_long = encode_rows(
+        rows, self.tokenizer, self.parts, self.max_length, self.loss_on)
+    self.rejected[number] = rejected + too_long
+    self.left_out[number] = sum(map(len, removed))
+    return pack_examples(examples, self.max_length, self.packing) if examples else []
 
 # %% ../nbs/23_packing.ipynb #f4d6efc8
 def _block_number(n, n_blocks, seed):

@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from fastcore.basics import patch
 from .checkpoints import check_base_model, prepare_output_dir, save_adapter
 from .claims import detect_language
 from .dataset import PreparedData
@@ -42,77 +43,95 @@ class Run:
         "The parameters that were resolved for this machine and file"
         return {name: value for name, value in self.recipe if value != getattr(self.recipe_as_given, name)}
 
-    def minutes(self)->float:
-        "Minutes since the parameters were read"
-        return (time.time() - self.started)/60
+# %% ../nbs/76_run.ipynb #080c29c5
+@patch
+def manifest(self:Run)->dict:
+    "All entries recorded so far"
+    return load_manifest(self.folder)
 
-    def manifest(self)->dict:
-        "All entries recorded so far"
-        return load_manifest(self.folder)
+@patch
+def record(self:Run, **entries):
+    "Add entries to the manifest"
+    update_manifest(self.folder, **entries)
 
-    def record(self, **entries):
-        "Add entries to the manifest"
-        update_manifest(self.folder, **entries)
+@patch
+def write(self:Run, name:str, text:str)->Path:
+    "Write a file into the run's folder"
+    return write_text(self.folder/name, text)
 
-    def write(self, name:str, text:str)->Path:
-        "Write a file into the run's folder"
-        return write_text(self.folder/name, text)
+# %% ../nbs/76_run.ipynb #7f0868f9
+@patch
+def begin(self:Run,
+    data:PreparedData, # from `load_data`
+):
+    "Take the output folder and start the manifest; FileExistsError if the folder holds another run"
+    self.resume_from = prepare_output_dir(self.recipe_as_given, self.recipe, data.file_key)
+    self.record(**environment_info(), data_sha256=sha256_file(self.recipe.data_path), cleaned=data.changed,
+                resumed_from=self.resume_from.name if self.resume_from else None)
+    record_failures(self.folder)
 
-    def begin(self,
-        data:PreparedData, # from `load_data`
-    ):
-        "Take the output folder and start the manifest; FileExistsError if the folder holds another run"
-        self.resume_from = prepare_output_dir(self.recipe_as_given, self.recipe, data.file_key)
-        self.record(**environment_info(), data_sha256=sha256_file(self.recipe.data_path), cleaned=data.changed,
-                    resumed_from=self.resume_from.name if self.resume_from else None)
-        record_failures(self.folder)
+# %% ../nbs/76_run.ipynb #55f99189
+@patch
+def minutes(self:Run)->float:
+    "Minutes since the parameters were read"
+    return (time.time() - self.started)/60
 
-    def prepare_grounding(self,
-        data:PreparedData, # from `load_data`
-    )->Grounding|None:
-        "Make or open the index of sources, if the recipe uses them"
-        self.grounding = prepare_grounding(data, self.recipe)
-        first_contents = data.train.select(range(min(200, len(data.train))))["content"]
-        self._catalogue = self.grounding or Grounding(language=detect_language(first_contents))
-        return self.grounding
+@patch
+def check_base_model(self:Run, model, tokenizer):
+    "Record which base model was loaded; ValueError if the checkpoints were trained on another"
+    check_base_model(self.folder, model_fingerprint(model, tokenizer))
 
-    def ground(self, rows:list[dict], training=False)->list[dict]:
-        "Rows with their sources; the first training rows also with reduced contents"
-        if not self.grounding: return rows
-        if training: return self.grounding.training_rows(rows, range(len(rows)))[0]
-        return self.grounding.test_rows(rows)
+@patch
+def plan(self:Run, model, tokenizer, packs, test_rows)->Plan:
+    "Plan training and evaluation, and record the plan"
+    plan = make_plan(model, packs, self.recipe)
+    evaluation = estimate_evaluation(model, tokenizer, packs.parts, test_rows, self.recipe, plan.steps)
+    total = self.minutes() + plan.training_minutes + evaluation
+    plan = replace(plan, evaluation_minutes=round(evaluation, 1), total_minutes=round(total, 1))
+    self.record(plan=asdict(plan))
+    return plan
 
-    def check_base_model(self, model, tokenizer):
-        "Record which base model was loaded; ValueError if the checkpoints were trained on another"
-        check_base_model(self.folder, model_fingerprint(model, tokenizer))
+# %% ../nbs/76_run.ipynb #342c6034
+@patch
+def write_rejected(self:Run,
+    data:PreparedData, # with the file of rejected lines
+    rows:list[dict], # rejected rows, from `encode_rows` and `Packs`
+)->Path: # rejected.jsonl in the run's folder
+    "Write the rejected lines and rows, and record the funnel"
+    unsupported = sum(row["reason"] == UNSUPPORTED for row in rows)
+    funnel = replace(data.funnel, unsupported=unsupported, over_max_length=len(rows) - unsupported)
+    self.record(funnel=asdict(funnel))
+    return self.write("rejected.jsonl", data.rejected.read_text(encoding="utf-8") + to_jsonl(rows))
 
-    def plan(self, model, tokenizer, packs, test_rows)->Plan:
-        "Plan training and evaluation, and record the plan"
-        plan = make_plan(model, packs, self.recipe)
-        evaluation = estimate_evaluation(model, tokenizer, packs.parts, test_rows, self.recipe, plan.steps)
-        total = self.minutes() + plan.training_minutes + evaluation
-        plan = replace(plan, evaluation_minutes=round(evaluation, 1), total_minutes=round(total, 1))
-        self.record(plan=asdict(plan))
-        return plan
+# %% ../nbs/76_run.ipynb #3180776a
+@patch
+def save_adapter(self:Run, model, tokenizer)->Path: # its folder
+    "Save the adapter, record its hash, and remove secrets from all files"
+    adapter = save_adapter(model, tokenizer, self.folder/"adapter", self.recipe.model_id,
+                           compute_dtype(self.recipe), self._catalogue)
+    self.record(minutes=round(self.minutes(), 1), cleared=clear_secrets(self.folder),
+                adapter_sha256=sha256_file(adapter/"adapter_model.safetensors"))
+    return adapter
 
-    def write_rejected(self,
-        data:PreparedData, # with the file of rejected lines
-        rows:list[dict], # rejected rows, from `encode_rows` and `Packs`
-    )->Path: # rejected.jsonl in the run's folder
-        "Write the rejected lines and rows, and record the funnel"
-        unsupported = sum(row["reason"] == UNSUPPORTED for row in rows)
-        funnel = replace(data.funnel, unsupported=unsupported, over_max_length=len(rows) - unsupported)
-        self.record(funnel=asdict(funnel))
-        return self.write("rejected.jsonl", data.rejected.read_text(encoding="utf-8") + to_jsonl(rows))
+@patch
+def finish(self:Run):
+    "Record that the run is finished, and the hashes of its files"
+    self.record(state="finished", ended=now(), files=output_hashes(self.folder))
 
-    def save_adapter(self, model, tokenizer)->Path: # its folder
-        "Save the adapter, record its hash, and remove secrets from all files"
-        adapter = save_adapter(model, tokenizer, self.folder/"adapter", self.recipe.model_id,
-                               compute_dtype(self.recipe), self._catalogue)
-        self.record(minutes=round(self.minutes(), 1), cleared=clear_secrets(self.folder),
-                    adapter_sha256=sha256_file(adapter/"adapter_model.safetensors"))
-        return adapter
+# %% ../nbs/76_run.ipynb #794d620b
+@patch
+def prepare_grounding(self:Run,
+    data:PreparedData, # from `load_data`
+)->Grounding|None:
+    "Make or open the index of sources, if the recipe uses them"
+    self.grounding = prepare_grounding(data, self.recipe)
+    first_contents = data.train.select(range(min(200, len(data.train))))["content"]
+    self._catalogue = self.grounding or Grounding(language=detect_language(first_contents))
+    return self.grounding
 
-    def finish(self):
-        "Record that the run is finished, and the hashes of its files"
-        self.record(state="finished", ended=now(), files=output_hashes(self.folder))
+@patch
+def ground(self:Run, rows:list[dict], training=False)->list[dict]:
+    "Rows with their sources; the first training rows also with reduced contents"
+    if not self.grounding: return rows
+    if training: return self.grounding.training_rows(rows, range(len(rows)))[0]
+    return self.grounding.test_rows(rows)

@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np, polars as pl, xxhash
+from fastcore.basics import patch
 from .splitting import SHINGLE_WIDTH, jaccard_similarity, shingles
 
 # %% ../nbs/15_sources.ipynb #8d94074f
@@ -230,8 +231,6 @@ def _read_arrays(folder, n):
     return weights, rows, ends, frequency
 
 # %% ../nbs/15_sources.ipynb #f2e30efa
-_BLOCK = 1000 # titles searched at once
-
 class Sources:
     "The rows of an index: finds those whose titles are most similar to a title"
     def __init__(self,
@@ -250,30 +249,36 @@ class Sources:
         shape = N_FEATURES, len(self.rows)
         return sp.csr_matrix((self.weights, self.numbers, self.ends), shape=shape, copy=False)
 
-    def nearest(self,
-        titles:list[str],
-        k:int=2, # most rows per title
-    )->list[list[int]]: # row numbers, the most similar first; fewer than `k` if fewer share a feature with the title
-        "The rows with the most similar titles"
-        found = []
-        for start in range(0, len(titles), _BLOCK):
-            scores = _query_weights(titles[start:start + _BLOCK], self.frequency, len(self.rows)) @ self.postings
-            spans = zip(scores.indptr, scores.indptr[1:])
-            found += [_best(scores.data[a:b], scores.indices[a:b], k) for a, b in spans]
-        return found
+# %% ../nbs/15_sources.ipynb #2cca3513
+_BLOCK = 1000 # titles searched at once
 
-    def similarities(self,
-        titles:list[str],
-        found:list[list[int]], # row numbers for each title, from `nearest` or `training_sources`
-    )->list[list[float]]: # cosine of the weights of both titles, 0 to 1
-        "How similar each title is to the titles of its rows"
-        numbers = [number for rows in found for number in rows]
-        if not numbers: return [[] for _ in titles]
-        repeated = [title for title, rows in zip(titles, found) for _ in rows]
-        others = self.rows["title"].take(numbers).to_pylist()
-        own, other = (_unit_vectors(texts, self.frequency, len(self.rows)) for texts in (repeated, others))
-        cosines = iter(np.asarray(own.multiply(other).sum(axis=1)).ravel().tolist())
-        return [[next(cosines) for _ in rows] for rows in found]
+@patch
+def nearest(self:Sources,
+    titles:list[str],
+    k:int=2, # most rows per title
+)->list[list[int]]: # row numbers, the most similar first; fewer than `k` if fewer share a feature with the title
+    "The rows with the most similar titles"
+    found = []
+    for start in range(0, len(titles), _BLOCK):
+        scores = _query_weights(titles[start:start + _BLOCK], self.frequency, len(self.rows)) @ self.postings
+        spans = zip(scores.indptr, scores.indptr[1:])
+        found += [_best(scores.data[a:b], scores.indices[a:b], k) for a, b in spans]
+    return found
+
+# %% ../nbs/15_sources.ipynb #e9f5e804
+@patch
+def similarities(self:Sources,
+    titles:list[str],
+    found:list[list[int]], # row numbers for each title, from `nearest` or `training_sources`
+)->list[list[float]]: # cosine of the weights of both titles, 0 to 1
+    "How similar each title is to the titles of its rows"
+    numbers = [number for rows in found for number in rows]
+    if not numbers: return [[] for _ in titles]
+    repeated = [title for title, rows in zip(titles, found) for _ in rows]
+    others = self.rows["title"].take(numbers).to_pylist()
+    own, other = (_unit_vectors(texts, self.frequency, len(self.rows)) for texts in (repeated, others))
+    cosines = iter(np.asarray(own.multiply(other).sum(axis=1)).ravel().tolist())
+    return [[next(cosines) for _ in rows] for rows in found]
 
 # %% ../nbs/15_sources.ipynb #d87fa88b
 _MORE = 8 # candidates beyond the wanted number, of which near-duplicates are left out

@@ -26,17 +26,14 @@ def _progress_callback(recipe, token_counts, test_loss):
         def on_train_begin(self, args, state, control, **kw):
             "Open the bar"
             self.first_step, self.start = state.global_step, time.time()
-            self.bar = tqdm(total=state.max_steps,
-                initial=state.global_step, unit="step", desc="training",
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training",
                 mininterval=2, miniters=max(1, state.max_steps//100), file=sys.stdout)
         def on_log(self, args, state, control, logs=None, **kw):
             "Show loss and speed"
             if "loss" not in (logs or {}): return
-            tokens = sum(
-                token_counts[:(state.global_step - self.first_step)*effective_batch(recipe)])
+            tokens = sum(token_counts[:(state.global_step - self.first_step)*effective_batch(recipe)])
             speed = tokens/(time.time() - self.start - test_loss.seconds)
-            self.bar.set_postfix_str(
-                f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s", refresh=False)
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s", refresh=False)
         def on_step_end(self, args, state, control, **kw):
             "Move the bar"
             self.bar.update(state.global_step - self.bar.n)
@@ -90,6 +87,14 @@ def _record_test_loss(loss, model, recipe, state, control):
         save_adapter_weights(model, Path(recipe.output_dir)/BEST_WEIGHTS)
     if _should_stop(history, recipe): control.should_training_stop = True
 
+# %% ../nbs/44_train.ipynb #4689ea8c
+def _complete_checkpoint(folder, step):
+    "Copy the best adapter so far into a checkpoint, and write the checksums of its files"
+    checkpoint = folder/f"checkpoint-{step}"
+    if (folder/BEST_WEIGHTS).is_file():
+        shutil.copyfile(folder/BEST_WEIGHTS, checkpoint/BEST_WEIGHTS)
+    write_checksums(checkpoint)
+
 # %% ../nbs/44_train.ipynb #99fa3125
 def _test_loss_callback(model, examples, recipe):
     "Measures the test loss every `eval_steps` steps, and completes the checkpoints"
@@ -111,11 +116,8 @@ def _test_loss_callback(model, examples, recipe):
                 tracker.on_log(args, state, control, model=model, logs={"eval_loss": loss})
             self.seconds += time.time() - start
         def on_save(self, args, state, control, **kw):
-            "Copy the best adapter so far into the checkpoint, and write the checksums of its files"
-            checkpoint = folder/f"checkpoint-{state.global_step}"
-            if (folder/BEST_WEIGHTS).is_file():
-                shutil.copyfile(folder/BEST_WEIGHTS, checkpoint/BEST_WEIGHTS)
-            write_checksums(checkpoint)
+            "Complete the checkpoint"
+            _complete_checkpoint(folder, state.global_step)
     return TestLoss()
 
 # %% ../nbs/44_train.ipynb #3ef4247b
@@ -294,6 +296,16 @@ def _use_best_weights(model, recipe, history):
     elif _test_entries(history):
         print("The test loss was never finite: the adapter of the last step is used.")
 
+# %% ../nbs/44_train.ipynb #38889c2f
+def _try_training(resume_from, model, *args):
+    "The log of a training; None if memory is too small"
+    from unsloth import FastLanguageModel
+    FastLanguageModel.for_training(model)
+    try:
+        return _train_from(resume_from, model, *args)
+    except (MemoryError, RuntimeError) as e:
+        if not _is_out_of_memory(e): raise
+
 # %% ../nbs/44_train.ipynb #9bd92093
 def train(
     model, # with its adapter
@@ -305,19 +317,10 @@ def train(
     callbacks:list=(), # additional `TrainerCallback`s of transformers
 )->list[dict]: # the trainer's log: `step` with `loss`, `learning_rate`, `grad_norm`, or with `test_loss`
     "Train the adapter according to the recipe; MemoryError if memory is too small for one pack at a time"
-    from unsloth import FastLanguageModel
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     save_adapter_weights(model, folder/INITIAL_WEIGHTS)
-    while True:
-        FastLanguageModel.for_training(model)
-        try:
-            history = _train_from(
-                resume_from, model, tokenizer, packs, recipe, test_examples, callbacks)
-            break
-        except (MemoryError, RuntimeError) as e:
-            if not _is_out_of_memory(e): raise
-        # not in `except`, which holds the tensors of the failed step
+    while (history := _try_training(resume_from, model, tokenizer, packs, recipe, test_examples, callbacks)) is None:
         recipe = _with_smaller_batch(recipe)
         resume_from = _prepare_restart(model, folder, resume_from)
     (folder/INITIAL_WEIGHTS).unlink()

@@ -282,6 +282,15 @@ def _begin(tokenizer, titles, parts, sampling, sources, checks, keys=None):
     return [_Writing(title, own, checks, prompt=prompt_ids(title, tokenizer, parts, own), index=key, **shared)
             for key, title, own in zip(keys or range(len(titles)), titles, sources, strict=True)]
 
+# %% ../nbs/51_verified.ipynb #a71f9ad6
+def _write_drafts(writings, model, tokenizer, sampling, keys, progress):
+    "Write the first draft of each text"
+    prompts, noise = [writing.prompt for writing in writings], _first_noise(writings, keys, sampling)
+    drafts = complete(model, tokenizer, prompts, sampling, noise=noise, progress=progress)
+    for writing, new in zip(writings, drafts):
+        writing.draft = _decode(tokenizer, new)
+        _record_tokens(writing, tokenizer, new)
+
 # %% ../nbs/51_verified.ipynb #c51050
 def describe_verified(
     model, # with or without an adapter
@@ -297,12 +306,7 @@ def describe_verified(
 )->list[Verified]: # one per title
     "Describe each title, without unsupported claims"
     writings = _begin(tokenizer, titles, parts or template_parts(tokenizer), sampling, sources, checks, keys)
-    prompts = [writing.prompt for writing in writings]
-    noise = _first_noise(writings, keys, sampling)
-    drafts = complete(model, tokenizer, prompts, sampling, noise=noise, progress=progress)
-    for writing, new in zip(writings, drafts):
-        writing.draft = _decode(tokenizer, new)
-        _record_tokens(writing, tokenizer, new)
+    _write_drafts(writings, model, tokenizer, sampling, keys, progress)
     waiting = [writing for writing in writings if _advance(writing)]
     while waiting:
         _write_again(model, tokenizer, waiting, sampling)

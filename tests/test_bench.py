@@ -46,6 +46,11 @@ def test_start_needs_no_heavy_library():
         cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
+def test_every_way_of_sources_has_a_label():
+    from bench.sources import CHECKED, LABELS, WAYS
+    assert {*WAYS, *CHECKED} <= {*LABELS}
+    assert {way for way, _ in CHECKED.values()} <= {*WAYS}
+
 def test_page_shows_the_results():
     page, tables = README.read_text(encoding="utf-8"), all_tables(RESULTS)
     assert render(page, tables) == page, "bench/README.md is not up to date: python -m bench tables"

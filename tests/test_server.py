@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import psutil, pytest
 from openai import OpenAI
 
+from bench.serve import free_port
 from conftest import ROOT, start_descgen
 from descgen.chapter import HOSTILE_TEXTS
 
@@ -33,11 +34,6 @@ def random_adapter(folder, base):
         if "lora_B" in name:
             weights.data.normal_(0, 0.1, generator=generator)
     return save_adapter(model, tokenizer, folder, base, "float32", Grounding(index, n_sources=2, language="en"))
-
-def free_port():
-    "A port that no program listens at"
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 def read_until_usage(process):
     "What a server prints until the lines that say how to ask it are complete"

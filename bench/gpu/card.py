@@ -58,11 +58,10 @@ def peak_gb():
     import torch
     return torch.cuda.max_memory_allocated()/1e9 if has_gpu() else 0.
 
-def matmul_rate(n=8192, repeats=20):
-    "The card's best: bf16 operations per second in a large product of random matrices, median"
+def matmul_rate(n=None, repeats=20):
+    "The best of the card or processor: bf16 operations per second in a large product of random matrices, median"
     import torch
-    if not has_gpu():
-        n, repeats = 512, 3
+    n = n or (8192 if has_gpu() else 512)
     a, b = (torch.randn(n, n, device=device(), dtype=torch.bfloat16) for _ in range(2))
     took = []
     for _ in range(repeats + 3):

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ..markdown import circumstances, markdown_table, number
-from ..measure import ROOT, save_result
+from ..measure import NOTEBOOK, ROOT, save_result
 from .card import (CARD, GPU_SCRATCH, add_model_options, card_lock, has_gpu, peak_gb, reset_peak,
     synchronized_time)
 from .models import model_folder, read_rows, with_sources
@@ -28,7 +28,6 @@ NEW_TOKENS = 128 # of a description
 TITLES = 2048 # with batches of at least `MANY`; smaller batches get as many titles as they hold
 MANY = 128
 SMALL_SIZES, SMALL_TITLES = (1, 2), 5
-SOURCE_CHARS = 400 # of each source; the notebook's default
 ALL_SIDES = ("descgen", "compiled", "static", "plain")
 
 def add_options(parser):
@@ -244,7 +243,8 @@ def run(args):
     args.new_tokens = 4 if args.small else NEW_TOKENS
     rows = read_rows(args.rows)
     if args.sources:
-        rows = with_sources(rows, args.sources, SOURCE_CHARS)
+        from descgen.recipe import read_defaults
+        rows = with_sources(rows, args.sources, read_defaults(NOTEBOOK)["source_chars"])
     measure_ways(SIDES[args.side](source, args), rows, args)
 
 # Tables
