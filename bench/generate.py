@@ -8,8 +8,8 @@ All ways write the same titles, greedily. Each has a process of its own:
 - **batches**: the same in padded batches of 16 in the order of the file.
 - **continuous**: transformers' `generate_batch`, if it runs on this machine.
 - **llama16**, **llama8**: llama-cpp-python on the adapter's export as GGUF in 16 and 8 bits, one title at a time
-  (`--llama-python`: the Python of an environment that has it). Without repacked weights, with which llama.cpp crashes
-  on some processors.
+  (`--llama-python`: the Python of an environment that has it). The weights are not repacked: with repacked ones
+  llama.cpp crashes on some processors.
 - **descgen**: `descgen.batches.generate`, with its files.
 
 The limits: the weights are read once for each step of a full batch, at the rate at which memory is copied; the products

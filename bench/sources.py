@@ -72,7 +72,7 @@ LABELS = {"nearest": "nearest title's description", "base": "base model", "base_
           "sources_r64": "sources, rank 64, cosine from 1e-3",
           "supported_r64": "sources, supported targets, rank 64, cosine from 1e-3",
           "r64_verified": "the same, verified (rank 64)",
-          "pairs_r64": "the same as three pairs of three sources, two epochs (rank 64)",
+          "pairs_r64": "the same, each row with three pairs of its sources, two epochs (rank 64)",
           "pairs_r64_verified": "the same, verified (pairs, rank 64)"}
 COMPARED = ("nearest", "base", "base_sources", "title", "sources", "supported", *SAME_WAY,
             "cosine", "cosine_verified")

@@ -59,7 +59,7 @@ def peak_gb():
     return torch.cuda.max_memory_allocated()/1e9 if has_gpu() else 0.
 
 def matmul_rate(n=None, repeats=20):
-    "The best of the card or processor: bf16 operations per second in a large product of random matrices, median"
+    "What the card or processor can do: bf16 operations per second in a large product of random matrices, median"
     import torch
     n = n or (8192 if has_gpu() else 512)
     a, b = (torch.randn(n, n, device=device(), dtype=torch.bfloat16) for _ in range(2))
