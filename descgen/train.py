@@ -142,6 +142,8 @@ def training_arguments(
                   "max_length", "report_to", "gradient_checkpointing"}
     return SFTConfig(**recipe.model_dump(include=same_names), max_steps=steps,
         bf16=recipe.bf16 and has_cuda(), # on a CPU the precision of the weights is used
+        logging_nan_inf_filter=False, # the filter waits for the GPU in each step, and hides a loss that is not finite
+        accelerator_config={"non_blocking": has_cuda()}, # do not wait for the copy of a batch to the GPU
         train_sampling_strategy="sequential", dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False, save_total_limit=2, disable_tqdm=True,
         project="descgen", run_name=Path(recipe.output_dir).name)
