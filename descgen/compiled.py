@@ -307,9 +307,7 @@ def compiled_training(
             inner.forward = before
 
 # %% ../nbs/36_compiled.ipynb #c7cc273c
-# of a model of 1.2 billion parameters on an H100, about 1,200 steps of 16 packs; `python -m bench gpu-compiled speed`
-# measures it
-BREAK_EVEN_TOKENS = 20_000_000
+BREAK_EVEN_TOKENS = 200_000_000 # of a model of 1.2 billion parameters on an H200, about 12,000 steps of 16 packs
 
 def _layer_obstacle(layer):
     "Why a linear layer cannot be compiled; None if it can"

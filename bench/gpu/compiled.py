@@ -5,7 +5,7 @@
     python -m bench gpu-compiled loss embedded WORK     # float32, compiled bf16, 8 bits: test loss, three seeds
 
 `speed` runs all ways in one process, every other round in reverse order, with `recipes/best.yaml` and `h200.yaml`, and
-every result is written at once. The warm-up is that of a way's first round; `BREAK_EVEN_TOKENS` of `descgen.compiled`
+every result is written at once. float32 of `loss` is transformers' own model. The warm-up is that of a way's first round; `BREAK_EVEN_TOKENS` of `descgen.compiled`
 comes from it. Programs on the disk would shorten it, so `TORCHINDUCTOR_CACHE_DIR` is a new folder.
 """
 import os
@@ -70,12 +70,12 @@ def summarize_ways(found):
         done = [run for run in found[way] if "failed" not in run]
         if done:
             s["warmup_seconds"] = max(run["warmup_seconds"] for run in done)
-            s["last_loss"] = done[0]["losses"][-1]
+            s["last_loss"] = next(reversed(done[0]["losses"]), None)
     measured = {way: s for way, s in summary.items() if s["runs"]}
-    for s in measured.values():
+    for way, s in measured.items():
         if "Unsloth, packing=True" in measured:
             s["times_unsloth"] = s["tokens_per_second"]/measured["Unsloth, packing=True"]["tokens_per_second"]
-        if "descgen" in measured:
+        if "descgen" in measured and way.startswith("descgen, "):
             s["break_even_tokens"] = break_even_tokens(s, measured["descgen"])
     return summary
 
@@ -170,14 +170,26 @@ def make_batches(tokenizer, path, seed):
     return batches(rows[64:]), batches(rows[:64])
 
 def adapted_model(source, dtype, seed):
-    "transformers' model with a new adapter; the compiled layers use only its tensors"
+    "transformers' own model with a new adapter; the compiled layers use only its tensors"
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM
+    from transformers import AutoConfig
     from descgen.model import TARGETS
+    from descgen.static_decoding import plain_class
     torch.manual_seed(seed)
-    model = LlamaForCausalLM.from_pretrained(source, dtype=dtype).to(device())
+    plain = plain_class(AutoConfig.from_pretrained(source)) # without what Unsloth replaces
+    model = plain.from_pretrained(source, dtype=dtype).to(device())
     return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM"))
+
+def plain_loss(model):
+    "The loss that transformers' own model has, in float32: what the compiled layers are judged by"
+    from torch.nn.functional import cross_entropy
+    def loss(input_ids, labels, position_ids):
+        example = (position_ids[0] == 0).cumsum(0)
+        is_allowed = (example[:, None] == example).tril()[None, None]
+        logits = model(input_ids=input_ids, position_ids=position_ids, attention_mask=is_allowed).logits[0]
+        return cross_entropy(logits[:-1].float(), labels[0, 1:])
+    return loss
 
 def mean_loss(loss, batches):
     "Nats per completion token; with gradients, because a pass without them is another program to compile"
@@ -214,7 +226,7 @@ def losses_of_seed(source, tokenizer, path, seed, steps):
     exact = adapted_model(source, torch.float32, seed)
     start = [p.detach().clone() for p in exact.parameters() if p.requires_grad]
     half = adapted_model(source, torch.bfloat16, seed)
-    ways = {"float32": (exact, CompiledLoss(exact, compiled=compiled)),
+    ways = {"float32": (exact, plain_loss(exact)),
         "bf16": (half, CompiledLoss(half, compiled=compiled)),
         "8 bits": (half, CompiledLoss(half, fp8=True, compiled=compiled))}
     for way, (model, loss) in ways.items():
@@ -253,7 +265,8 @@ def run(args):
     import datasets, trl # before the lock
     source = model_folder(args.model, args.work, args.small)
     small = "-small" if args.small else ""
-    name = f"gpu-compiled-{args.side}-{args.model}{small}"
+    side = f"{args.side}-recomputed" if args.recompute else args.side
+    name = f"gpu-compiled-{side}-{args.model}{small}"
     save = lambda summary, raw, rounds: save_result(args.results, name, summary, raw, rounds)
     with card_lock():
         if args.side == "loss":
@@ -262,8 +275,8 @@ def run(args):
         rows = rows[:40] if args.small else rows*(1 + 8000//len(rows))
         more = dict(loss_on="all", gradient_checkpointing=args.recompute)
         recipe = make_recipe(source, args.small, "best", "h200", **more)
-        side = speed_side if args.side == "speed" else profile_side
-        side(args, recipe, rows, 200 if args.small else TOKENS, save)
+        measure_side = speed_side if args.side == "speed" else profile_side
+        measure_side(args, recipe, rows, 200 if args.small else TOKENS, save)
 
 # Tables
 
@@ -276,7 +289,7 @@ def speed_table(record):
         rows.append([way, *cells(s), number(s.get("times_unsloth"), ".2f"),
             number(s.get("warmup_seconds"), ".0f", " s"), pays, number(s.get("last_loss"), ".4f")])
     head = ["", "useful tokens per second", "peak memory", "card's rate", "share of it", "times Unsloth", "warm-up",
-        "tokens until it pays", "loss of the last step"]
+        "tokens until it pays", "last logged loss"]
     return [circumstances(record, *CARD), "", *markdown_table(head, rows)]
 
 def profile_tables(record):
@@ -287,7 +300,7 @@ def profile_tables(record):
     lines = [circumstances(record, *CARD), "", "Milliseconds per step:", "", *markdown_table(["", *kinds, "sum"], rows)]
     for way, kernels in record["raw"].items():
         longest = [[f"`{k['kernel'][:90]}`", k["kind"], f"{k['calls']:.0f}", f"{k['milliseconds']:.2f}"]
-                   for k in kernels[:12]]
+                   for k in kernels[:6]]
         lines += ["", *markdown_table([way, "kind", "calls", "milliseconds per step"], longest)]
     return lines
 

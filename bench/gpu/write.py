@@ -1,8 +1,7 @@
 """Writing descriptions on a GPU by batch size: descgen beside transformers' `generate`.
 
-    python -m bench gpu-write all llama WORK       # these four, which take turns on the card
+    python -m bench gpu-write all llama WORK       # these three, which take turns on the card
     python -m bench gpu-write descgen llama WORK   # base in 4 bits, with an adapter
-    python -m bench gpu-write compiled llama WORK  # the same, with compiled steps
     python -m bench gpu-write static llama WORK    # `generate` in 16 bits, adapter merged: dynamic and static cache
     python -m bench gpu-write plain llama WORK     # `generate` with PEFT, base in 4 bits
     python -m bench gpu-write descgen llama WORK --sources 2
@@ -28,7 +27,7 @@ NEW_TOKENS = 128 # of a description
 TITLES = 2048 # with batches of at least `MANY`; smaller batches get as many titles as they hold
 MANY = 128
 SMALL_SIZES, SMALL_TITLES = (1, 2), 5
-ALL_SIDES = ("descgen", "compiled", "static", "plain")
+ALL_SIDES = ("descgen", "static", "plain")
 
 def add_options(parser):
     parser.add_argument("side", choices=["all", *ALL_SIDES])
@@ -61,14 +60,13 @@ class NeverEnds:
     def __init__(self, tokenizer):
         self.eos_token_id, self.pad_token_id = -1, tokenizer.pad_token_id
 
-def descgen_ways(source, args, compile=False):
+def descgen_ways(source, args):
     "descgen, as the notebook describes"
     import unsloth # before transformers
     from descgen import decoding, static_decoding
     from descgen.formatting import prompt_ids, template_parts
     from descgen.inference import Sampling, complete
     from descgen.model import LoraSettings, add_lora, load_model
-    static_decoding.COMPILE = compile
     if not has_gpu():
         decoding.decode = static_decoding.decode_static # try what a GPU does
     model, tokenizer = load_model(str(source), 2048, not args.small, "bfloat16")
@@ -79,11 +77,7 @@ def descgen_ways(source, args, compile=False):
         found = complete(model, NeverEnds(tokenizer), prompts,
             Sampling(new_tokens, batch_size=size), progress=False)
         return tokenizer.batch_decode(found)
-    return {"compiled" if compile else "descgen": Way(write, (1, 8, 32, 128, 512, 1024, 2048))}
-
-def compiled_ways(source, args):
-    "descgen with compiled steps"
-    return descgen_ways(source, args, compile=True)
+    return {"descgen": Way(write, (1, 8, 32, 128, 512, 1024, 2048))}
 
 def load_plain(source, in_4_bits):
     "A model with an adapter by transformers and PEFT"
@@ -137,7 +131,7 @@ def static_ways(source, args):
     static = generate_writer(model, tokenizer, do_sample=False, cache_implementation="static")
     return {"merged": Way(dynamic, (1, 8, 128, 512, 1024)), "static": Way(static, (1, 8, 128, 512, 1024))}
 
-SIDES = {"descgen": descgen_ways, "compiled": compiled_ways, "static": static_ways, "plain": plain_ways}
+SIDES = {"descgen": descgen_ways, "static": static_ways, "plain": plain_ways}
 
 # Measuring
 
@@ -250,7 +244,7 @@ def run(args):
 # Tables
 
 LABELS = {
-    "descgen": "descgen", "compiled": "descgen, compiled",
+    "descgen": "descgen",
     "descgen-sources": "descgen, two sources in each prompt",
     "static": "transformers, merged, static cache", "merged": "transformers, merged",
     "plain": "transformers + PEFT"}
