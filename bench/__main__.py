@@ -19,7 +19,7 @@ SUBJECTS = { # name → module
     "sweep": "sweep", "write": "write", "generate": "generate", "serve": "serve", "sources": "sources",
     "evaluate": "evaluate", "runs": "runs", "catalogue": "catalogue", "tables": "tables",
     "gpu": "gpu.all", "gpu-models": "gpu.models",
-    "gpu-speed": "gpu.speed", "gpu-write": "gpu.write",
+    "gpu-speed": "gpu.speed", "gpu-compiled": "gpu.compiled", "gpu-write": "gpu.write",
     "gpu-precision": "gpu.precision", "gpu-rounding": "gpu.rounding", "gpu-proofs": "gpu.proofs",
     "gpu-notebook": "gpu.notebook", "gpu-fallbacks": "gpu.fallbacks"}
 

@@ -176,8 +176,10 @@ def _batch_settings(greedy, n, **values):
     from dataclasses import fields
     from descgen.batches import BatchSettings
     from descgen.inference import Sampling
+    from descgen.model import has_cuda
     names = {f.name for f in fields(Sampling)}
     sampling = {name: value for name, value in values.items() if name in names}
+    sampling["batch_size"] = sampling["batch_size"] or (1024 if has_cuda() else 32)
     others = {name: value for name, value in values.items() if name not in names}
     return BatchSettings(Sampling(greedy=greedy, **sampling), n, **others)
 
@@ -222,8 +224,8 @@ Fill = Annotated[bool, typer.Option("--fill",
     help="Write the input again, its empty contents filled")]
 Greedy = Annotated[bool, typer.Option("--greedy",
     help="Take the most likely token instead of sampling")]
-BatchSize = Annotated[int, typer.Option(min=1,
-    help="Prompts per batch: larger is faster until the memory is full")]
+BatchSize = Annotated[int|None, typer.Option(min=1,
+    help="Most texts at a time; else 32, and on a GPU 1024, or as many as its memory holds")]
 Verify = Annotated[bool|None, typer.Option("--verify/--no-verify",
     help="Leave unsupported claims out; else if the adapter was trained with sources")]
 Strict = Annotated[bool, typer.Option("--strict",
@@ -242,7 +244,7 @@ def generate(
     max_new_tokens:Annotated[int, typer.Option(min=1, help="Most tokens of a text")]=128,
     temperature:Annotated[float, typer.Option(help="Lower: likely tokens become likelier")]=0.7,
     top_p:Annotated[float, typer.Option(help="Sample from this total probability")]=0.9,
-    seed:Annotated[int, typer.Option(help="Of the random numbers")]=42, batch_size:BatchSize=32,
+    seed:Annotated[int, typer.Option(help="Of the random numbers")]=42, batch_size:BatchSize=None,
     verify:Verify=None, strict:Strict=False, sources:NSources=None, dtype:Dtype=None,
     title_field:TitleField="auto", content_field:ContentField="auto", encoding:Encoding="auto",
     as_json:Annotated[bool, typer.Option("--json", help="Print numbers of rows as JSON")]=False,

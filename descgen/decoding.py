@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_CACHE_TOKENS', 'MAX_READ_TOKENS', 'Slots', 'put', 'keep', 'slot_mask', 'shared_prefix', 'read_prefix',
-           'read_rests', 'decode']
+           'read_rests', 'next_group', 'decode']
 
 # %% ../nbs/34_decoding.ipynb #08154827
 from collections import deque
@@ -203,18 +203,22 @@ def _take(decoding, slots, tokens):
             decoding.on_end()
 
 # %% ../nbs/34_decoding.ipynb #93041f64
-def _next_group(decoding, most):
-    "Waiting prompts to read together: at most one for each free slot, and not too many tokens"
+def next_group(
+    prompts:list[list[int]], # token ids
+    waiting:deque, # numbers of the prompts that wait; those of the group are taken out
+    most:int, # free slots
+)->list[int]: # numbers of prompts; at least one if one waits
+    "Prompts to read together: one for each free slot, and at most `MAX_READ_TOKENS` tokens with their padding"
     group, width = [], 0
-    while decoding.waiting and len(group) < most:
-        width = max(width, len(decoding.prompts[decoding.waiting[0]]))
+    while waiting and len(group) < most:
+        width = max(width, len(prompts[waiting[0]]))
         if group and width*(len(group) + 1) > MAX_READ_TOKENS: break
-        group.append(decoding.waiting.popleft())
+        group.append(waiting.popleft())
     return group
 
 def _fill_slots(decoding, free):
     "Read waiting prompts into free slots, and choose their first tokens"
-    group, start = _next_group(decoding, len(free)), len(decoding.prefix)
+    group, start = next_group(decoding.prompts, decoding.waiting, len(free)), len(decoding.prefix)
     rests = [decoding.prompts[owner][start:] for owner in group]
     scores, cache = read_rests(decoding.model, rests, decoding.prefix_cache, decoding.limits[2])
     for row, (slot, owner) in enumerate(zip(free, group)):

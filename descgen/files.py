@@ -166,6 +166,14 @@ def _upgrade_funnel(funnel):
 
 # %% ../nbs/00_files.ipynb #c559a1d1
 _NEW_PARAMETERS = {"sources": 0, "source_chars": 400, "targets": "all"}
+# and every run before these parameters existed with these
+_TRAINING_PARAMETERS = {"compile": False, "base_precision": "loaded"}
+
+def _upgrade_given(given, schema):
+    "The parameters of a run, with the values that it had before they were parameters"
+    if not isinstance(given, dict): return given
+    if given and schema in (None, 1): given = _NEW_PARAMETERS | given
+    return _TRAINING_PARAMETERS | given if "load_in_4bit" in given else given
 
 def upgrade_manifest(
     entries:dict, # of a manifest
@@ -175,8 +183,7 @@ def upgrade_manifest(
     if isinstance(schema, int) and schema > MANIFEST_SCHEMA: return entries
     entries = _rename_keys(entries, _RENAMED_ENTRIES)
     if schema == 1: entries["schema"] = MANIFEST_SCHEMA
-    if schema in (None, 1) and isinstance(given := entries.get("given"), dict) and given:
-        entries["given"] = _NEW_PARAMETERS | given
+    if "given" in entries: entries["given"] = _upgrade_given(entries["given"], schema)
     if isinstance(plan := entries.get("plan"), dict):
         entries["plan"] = _rename_keys(plan, _RENAMED_PLAN)
     if isinstance(funnel := entries.get("funnel"), dict):

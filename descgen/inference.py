@@ -9,6 +9,7 @@ __all__ = ['TOP_K', 'read_settings', 'load_adapter', 'Sampling', 'seeded_noise',
 # %% ../nbs/50_inference.ipynb #02bd0869
 import hashlib, json, sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from .formatting import prompt_ids, template_parts, TemplateParts
@@ -190,15 +191,23 @@ def _complete_in_batches(model, tokenizer, prompts, sampling, noise, bar):
         bar.update(len(indices))
     return [completions[i] for i in range(len(prompts))]
 
-def _complete_in_slots(model, tokenizer, prompts, sampling, noise, bar):
-    "The new tokens of each prompt, by `decode`"
-    from descgen.decoding import decode
+def _slot_arguments(model, tokenizer, sampling, noise):
+    "How `decode` and `decode_static` choose tokens, and where a text ends"
+    from descgen.layers import layer_device
+    noise = None if noise is None else noise.to(layer_device(model))
     def choose(scores, owners, steps):
         "The most likely tokens, or those that the random numbers sample"
         if noise is None: return scores.argmax(-1)
         return _sample_top_k_top_p(scores, noise[owners, steps], sampling.temperature, sampling.top_p)[:, 0]
-    return decode(model, prompts, choose, max_new_tokens=sampling.max_new_tokens, end=tokenizer.eos_token_id,
-        pad=tokenizer.pad_token_id, batch_size=sampling.batch_size, on_end=bar.update)
+    return {"choose": choose, "max_new_tokens": sampling.max_new_tokens, "end": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id, "batch_size": sampling.batch_size}
+
+def _complete_in_slots(model, tokenizer, prompts, sampling, noise, bar):
+    "The new tokens of each prompt, by `decode` on a CPU and `decode_static` on a GPU"
+    from descgen import decoding, static_decoding
+    from descgen.layers import layer_device
+    decode = decoding.decode if layer_device(model).type == "cpu" else static_decoding.decode_static
+    return decode(model, prompts, on_end=bar.update, **_slot_arguments(model, tokenizer, sampling, noise))
 
 # %% ../nbs/50_inference.ipynb #8165363c
 # settings that `complete` replaces, or that do not change the scores
@@ -206,11 +215,12 @@ _NEUTRAL = {"_from_model_config", "bos_token_id", "do_sample", "eos_token_id", "
             "max_new_tokens", "pad_token_id", "temperature", "top_k", "top_p", "transformers_version", "use_cache"}
 
 def _can_decode(model):
-    "Whether `decode` writes the same texts as `generate`: on a CPU, if nothing else changes the scores"
+    "Whether `_complete_in_slots` writes the same texts as `generate`"
     from descgen.layers import layer_device
+    from descgen.static_decoding import can_copy
     settings = model.generation_config.to_diff_dict()
     others = [name for name, value in settings.items() if name not in _NEUTRAL and value]
-    return layer_device(model).type == "cpu" and not others
+    return not others and (layer_device(model).type == "cpu" or can_copy(model))
 
 # %% ../nbs/50_inference.ipynb #f4f2eab9
 def complete(
@@ -225,6 +235,7 @@ def complete(
     "Complete prompts"
     from tqdm import tqdm
     from unsloth import FastLanguageModel
+    from descgen.static_decoding import release_copy
     was_training = model.training
     FastLanguageModel.for_inference(model)
     noise = _noise_for(len(prompts), sampling) if noise is None else noise
@@ -232,6 +243,7 @@ def complete(
     with tqdm(total=len(prompts), desc="describing", unit="text", file=sys.stdout, disable=not progress) as bar:
         completions = write(model, tokenizer, prompts, sampling, noise, bar)
     if was_training:
+        release_copy(model) # training needs its memory, and changes the adapter
         FastLanguageModel.for_training(model)
     return completions
 
@@ -263,20 +275,50 @@ def finish_reason(
     return "stop" if ids and ids[-1] == tokenizer.eos_token_id else "length"
 
 # %% ../nbs/50_inference.ipynb #5c715f90
-def _generate_in_thread(model, arguments):
-    "Start `generate` in a thread that ends its streamer; returns thread, event that stops it, result and error"
+class _Stopped(Exception):
+    "The reader of a stream has stopped"
+
+def _stream_by_generate(model, tokenizer, prompt, sampling, streamer, stop):
+    "Write a text into a streamer by `generate`; returns its new tokens"
+    from descgen.layers import layer_device
+    batch = _left_pad([prompt], tokenizer, layer_device(model))
+    arguments = _generation_arguments(tokenizer, sampling, _noise_for(1, sampling), batch)
+    ids = model.generate(**arguments, streamer=streamer, stopping_criteria=[lambda ids, scores, **_: stop.is_set()])
+    return _truncate_at_eos(ids[0, len(prompt):].tolist(), tokenizer.eos_token_id)
+
+def _stream_in_slots(model, tokenizer, prompt, sampling, streamer, stop):
+    "Write a text into a streamer by `decode_static`; returns its new tokens"
+    import torch
+    from descgen.static_decoding import decode_static
+    def on_tokens(number, tokens):
+        "Pass tokens on, unless the reader has stopped"
+        if stop.is_set(): raise _Stopped
+        for token in tokens:
+            streamer.put(torch.tensor([token]))
+    streamer.put(torch.tensor([prompt])) # the streamer skips it
+    arguments = _slot_arguments(model, tokenizer, sampling, _noise_for(1, sampling))
+    return decode_static(model, [prompt], on_tokens=on_tokens, **arguments)[0]
+
+def _streaming_function(model):
+    "How a model streams"
+    from descgen.layers import layer_device
+    in_slots = layer_device(model).type != "cpu" and _can_decode(model)
+    return _stream_in_slots if in_slots else _stream_by_generate
+
+# %% ../nbs/50_inference.ipynb #421b5ea6
+def _run_in_thread(write, streamer):
+    "Start `write(streamer, stop)` in a thread that ends the streamer; returns thread, event, results and errors"
     from threading import Event, Thread
     results, errors, stop = [], [], Event()
-    arguments = arguments | {"stopping_criteria": [lambda ids, scores, **_: stop.is_set()]}
-    def generate():
-        "Generate into the streamer and store the result or an error"
+    def run():
+        "Write into the streamer and store the result or an error"
         try:
-            results.append(model.generate(**arguments))
+            results.append(write(streamer, stop))
         except Exception as e:
             errors.append(e)
         finally:
-            arguments["streamer"].end()
-    thread = Thread(target=generate)
+            streamer.end()
+    thread = Thread(target=run)
     thread.start()
     return thread, stop, results, errors
 
@@ -292,22 +334,19 @@ def stream(
     "Generate a description for one title, piece by piece"
     from transformers import TextIteratorStreamer
     from unsloth import FastLanguageModel
-    from descgen.layers import layer_device
     FastLanguageModel.for_inference(model)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True,
         clean_up_tokenization_spaces=False)
     prompt = prompt_ids(title, tokenizer, parts or template_parts(tokenizer), sources or ())
-    batch = _left_pad([prompt], tokenizer, layer_device(model))
-    arguments = _generation_arguments(tokenizer, sampling, _noise_for(1, sampling), batch)
-    thread, stop, results, errors = _generate_in_thread(model, arguments | {"streamer": streamer})
+    write = partial(_streaming_function(model), model, tokenizer, prompt, sampling)
+    thread, stop, results, errors = _run_in_thread(write, streamer)
     try:
         yield from streamer
     finally: # also if the generator is closed before the end
         stop.set()
         thread.join()
     if errors: raise errors[0]
-    new = results[0][0, len(prompt):].tolist()
-    return _truncate_at_eos(new, tokenizer.eos_token_id)
+    return results[0]
 
 # %% ../nbs/50_inference.ipynb #e3302b4f
 def _check_hash(index, expected, folder):

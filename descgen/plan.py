@@ -137,11 +137,12 @@ def _memory_parts(config, recipe):
     weight_bytes = 4 if compute_dtype(recipe) == "float32" and not has_cuda() else 2
     unquantized = _parameters_in_16_bits(config) if recipe.load_in_4bit else body
     in_4_bits = 0.53*(body - unquantized) # 4 bits and their scales take 0.53 bytes
+    in_8_bits = 2*body if recipe.base_precision == "fp8" else 0 # once for each pass
     # per parameter of the adapter, its gradient included
     optimizer_bytes = 10 if "8bit" in recipe.optim else 16
     return {
         "libraries": 0 if has_cuda() else 1e9, # Python with PyTorch, Unsloth and the data
-        "weights": in_4_bits + weight_bytes*(unquantized + embeddings),
+        "weights": in_4_bits + in_8_bits + weight_bytes*(unquantized + embeddings),
         "optimizer": optimizer_bytes*adapter,
         "activations": _activation_bytes(config, recipe)}
 

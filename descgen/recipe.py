@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PathText', 'Recipe', 'without_unused', 'read_defaults', 'check_recipe', 'parse_parameter', 'refuse_converted_text',
-           'read_recipe', 'check_trackers', 'resolve', 'compute_dtype']
+           'read_recipe', 'needed_to_compile', 'check_trackers', 'resolve', 'compute_dtype']
 
 # %% ../nbs/40_recipe.ipynb #186e0061
 import ast, difflib, json, os, re
@@ -17,7 +17,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from .data import find_data, inspect_file
 from .dataset import DataSettings, Number, PositiveInt, Text
-from .model import (LoraSettings, check_gpu, has_cuda, native_bf16, read_adapter_config,
+from .model import (LoraSettings, check_gpu, has_cuda, has_fp8, native_bf16, read_adapter_config,
     resolve_4bit, resolve_model_id)
 
 # %% ../nbs/40_recipe.ipynb #64813693
@@ -36,6 +36,7 @@ class Recipe(DataSettings, LoraSettings):
     model_id: PathText
     max_seq_length: Annotated[int, Field(ge=32)]
     load_in_4bit: Literal[True, False, "auto"]
+    base_precision: Literal["loaded", "fp8"]
     adapter_path: PathText | None
     data_path: PathText
     eval_rows: PositiveInt
@@ -58,6 +59,7 @@ class Recipe(DataSettings, LoraSettings):
     optim: Text
     bf16: Literal[True, False, "auto"]
     fp16: bool
+    compile: Literal[True, False, "auto"]
     logging_steps: PositiveInt
     eval_steps: PositiveInt
     save_steps: PositiveInt
@@ -83,10 +85,12 @@ class Recipe(DataSettings, LoraSettings):
 def without_unused(
     parameters:dict, # names and values
 )->dict:
-    "The parameters of which a result depends: without those for sources and targets if neither is used"
-    if parameters["sources"]: return parameters
-    unused = (
-        {"sources", "source_chars"} | ({"targets"} if parameters["targets"] == "all" else set()))
+    "The parameters of which a result depends: without those for sources, targets and the base's precision if unused"
+    unused = set()
+    if not parameters["sources"]:
+        unused |= {"sources", "source_chars"}
+        if parameters["targets"] == "all": unused.add("targets")
+    if parameters.get("base_precision") == "loaded": unused.add("base_precision")
     return {name: value for name, value in parameters.items() if name not in unused}
 
 # %% ../nbs/40_recipe.ipynb #bc59b0ef
@@ -290,6 +294,31 @@ def _choose_optim(optim):
         raise ValueError(f"optim={optim!r} needs a CUDA device. Use 'auto' or 'adamw_torch_fused'.")
     return optim
 
+# %% ../nbs/40_recipe.ipynb #1edd22aa
+_NEEDED_TO_COMPILE = {"load_in_4bit": False, "lora_dropout": 0, "bf16": True, "packing": True}
+
+def needed_to_compile(
+    recipe:Recipe, # its other values resolved
+)->str|None: # such as "lora_dropout=0"; None if nothing
+    "What compiled training needs and this machine or recipe lacks"
+    if not has_cuda(): return "a CUDA device"
+    differ = [name for name, value in _NEEDED_TO_COMPILE.items() if getattr(recipe, name) != value]
+    return f"{differ[0]}={_NEEDED_TO_COMPILE[differ[0]]}" if differ else None
+
+def _choose_compile(recipe):
+    "`compile`, if all other values are resolved; ValueError if it or `base_precision` cannot be used"
+    needed = needed_to_compile(recipe)
+    if recipe.base_precision == "fp8":
+        if needed: raise ValueError(f"base_precision='fp8' needs {needed}.")
+        if not has_fp8():
+            raise ValueError("base_precision='fp8' needs a GPU of compute capability 8.9 or higher, such as "
+                             "Ada or Hopper. Use base_precision='loaded'.")
+        if recipe.compile is False: raise ValueError("base_precision='fp8' needs compile=True or 'auto'.")
+        return True
+    if recipe.compile is True and needed:
+        raise ValueError(f"compile=True needs {needed}. With compile='auto' this run trains without.")
+    return recipe.compile if has_cuda() else False
+
 # %% ../nbs/40_recipe.ipynb #03d28267
 def check_trackers(
     report_to:str|list[str], # a name, several names, or "none"
@@ -309,6 +338,11 @@ def check_trackers(
     return names
 
 # %% ../nbs/40_recipe.ipynb #2ac56ffb
+def _choose_4bit(recipe):
+    "Whether to load the base in 4 bits; for `auto` not if training multiplies in 8 bits"
+    in_8_bits = recipe.base_precision == "fp8" and recipe.load_in_4bit == "auto"
+    return resolve_4bit(False if in_8_bits else recipe.load_in_4bit)
+
 def resolve(
     recipe:Recipe, # as given, "auto" included
 )->Recipe: # resolved for this machine and this data file
@@ -323,9 +357,9 @@ def resolve(
     data = {"data_path": str(source.path), "title_field": source.fields[0],
             "content_field": source.fields[1],
             "encoding": source.encoding}
-    model = {"model_id": resolve_model_id(recipe.model_id),
-             "load_in_4bit": resolve_4bit(recipe.load_in_4bit)}
-    return recipe.model_copy(update={**data, **model, "optim": optim, "bf16": bf16, "fp16": fp16})
+    model = {"model_id": resolve_model_id(recipe.model_id), "load_in_4bit": _choose_4bit(recipe)}
+    resolved = recipe.model_copy(update={**data, **model, "optim": optim, "bf16": bf16, "fp16": fp16})
+    return resolved.model_copy(update={"compile": _choose_compile(resolved)})
 
 def compute_dtype(
     recipe:Recipe, # resolved

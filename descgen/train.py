@@ -7,12 +7,12 @@ __all__ = ['save_adapter_weights', 'skipped_steps', 'training_arguments', 'train
 
 # %% ../nbs/44_train.ipynb #24df5691
 import json, math, os, shutil, sys, time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from .files import flush_to_disk, verify_checksums, write_checksums
 from .model import has_cuda, load_weights
-from .recipe import Recipe, check_trackers
+from .recipe import Recipe, check_trackers, needed_to_compile
 from .losses import collate, completion_loss
 from .plan import effective_batch, total_packs
 from .checkpoints import BEST_WEIGHTS, INITIAL_WEIGHTS, checkpoint_step, list_checkpoints
@@ -142,6 +142,8 @@ def training_arguments(
                   "max_length", "report_to", "gradient_checkpointing"}
     return SFTConfig(**recipe.model_dump(include=same_names), max_steps=steps,
         bf16=recipe.bf16 and has_cuda(), # on a CPU the precision of the weights is used
+        logging_nan_inf_filter=False, # the filter waits for the GPU in each step, and hides a loss that is not finite
+        accelerator_config={"non_blocking": has_cuda()}, # do not wait for the copy of a batch to the GPU
         train_sampling_strategy="sequential", dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False, save_total_limit=2, disable_tqdm=True,
         project="descgen", run_name=Path(recipe.output_dir).name)
@@ -231,6 +233,31 @@ def _short_switch_interval(seconds=0.0005):
     finally:
         sys.setswitchinterval(before)
 
+# %% ../nbs/44_train.ipynb #5d9822ed
+def _why_not_compiled(model, packs, recipe):
+    "Why training is not compiled; None if it is"
+    from descgen.compiled import BREAK_EVEN_TOKENS, model_obstacle
+    if needed := needed_to_compile(recipe): return f"it needs {needed}"
+    if obstacle := model_obstacle(model): return f"the model does not allow it: {obstacle}"
+    tokens = total_packs(recipe, packs)*recipe.max_length
+    if recipe.compile == "auto" and tokens < BREAK_EVEN_TOKENS:
+        return f"the run has {tokens:,} tokens, and it pays from {BREAK_EVEN_TOKENS:,} on"
+    return None
+
+def _training_path(model, packs, recipe):
+    "A context in which training batches go through compiled layers, or the usual way; ValueError for `compile=True`"
+    if recipe.compile is False: return nullcontext()
+    reason = _why_not_compiled(model, packs, recipe)
+    if reason and recipe.compile is True: raise ValueError(f"compile=True: {reason}.")
+    if reason:
+        print(f"Training is not compiled: {reason}.")
+        return nullcontext()
+    from descgen.compiled import compiled_training
+    length = recipe.per_device_train_batch_size*recipe.max_length
+    print(f"Training is compiled for batches of {length:,} tokens. The first steps take longer.")
+    return compiled_training(model, length, fp8=recipe.base_precision == "fp8",
+        checkpointing=recipe.gradient_checkpointing)
+
 # %% ../nbs/44_train.ipynb #41244ed1
 def _optimizer_steps(recipe, packs):
     return math.ceil(total_packs(recipe, packs)/effective_batch(recipe))
@@ -247,7 +274,7 @@ def _train_from(checkpoint, model, tokenizer, packs, recipe, test_examples, call
             load_weights(model, checkpoint/"adapter_model.safetensors")
             return history
     trainer = _make_trainer(model, tokenizer, packs, recipe, test_examples, callbacks)
-    with _short_switch_interval():
+    with _short_switch_interval(), _training_path(model, packs, recipe):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.state.log_history
 

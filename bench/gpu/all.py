@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from ..measure import ROOT, SCRATCH
 from .card import GPU_SCRATCH, add_model_options
 from .precision import BASES
+from .write import ALL_SIDES
 
-KINDS = ["speed", "settings", "write", "proofs", "precision", "rounding", "notebook", "fallbacks"]
+KINDS = ["speed", "settings", "compiled", "write", "proofs", "precision", "rounding", "notebook", "fallbacks"]
 
 @dataclass(frozen=True)
 class Part:
@@ -38,7 +39,7 @@ def add_options(parser):
     parser.add_argument("--match", default="",
         help="only parts with this in their name, such as embedded")
     parser.add_argument("--missing", action="store_true", help="only parts without a result")
-    parser.add_argument("--rounds", type=int, help="of gpu-speed")
+    parser.add_argument("--rounds", type=int, help="of gpu-speed and gpu-compiled")
     add_model_options(parser, with_model=False)
     work = next(a for a in parser._actions if a.dest == "work")
     work.nargs, work.default = "?", SCRATCH/"gpu-models"
@@ -53,20 +54,22 @@ def make_groups():
     rounding = Part("rounding", "gpu-rounding", takes_models=False)
     speeds = [Part("speed", "gpu-speed", (side, "llama")) for side in ("unsloth", "plain")]
     settings = Part("settings", "gpu-speed", ("settings", "llama"))
-    writes = [Part("write", "gpu-write", (side, "llama")) for side in ("descgen", "plain")]
+    compiled = [Part("compiled", "gpu-compiled", words)
+                for words in (("speed", "llama"), ("profile", "llama"), ("loss", "embedded"))]
+    writes = [Part("write", "gpu-write", (side, "llama")) for side in ALL_SIDES]
     return [
         [Part("models", "gpu-models", (model,)) for model in models],
         [*proofs, *precision_parts("unsloth", BASES), rounding],
         [*precision_parts("plain", BASES),
          Part("notebook", "gpu-notebook", ("embedded",), ("--max-steps", "60"))],
         [*speeds, settings, *writes, *precision_parts("speed", BASES[:2])],
+        compiled,
         [Part("notebook", "gpu-notebook", ("llama",))],
         [Part("fallbacks", "gpu-fallbacks")]]
 
 def needs_gpu(part):
     "4 bits, and TRL without Unsloth"
-    return ("4" in part.words or part.words[:1] == ("speed",)
-            or part.name().startswith("gpu-speed-plain"))
+    return "4" in part.words or part.name().startswith(("gpu-precision-speed", "gpu-speed-plain"))
 
 def is_wanted(part, args):
     "Whether the command line asks for a part"
@@ -86,7 +89,7 @@ def start(part, args):
         words += ["--rows", args.rows.resolve()]
     if args.small:
         words += ["--small"]
-    if part.subject == "gpu-speed" and args.rounds:
+    if part.subject in ("gpu-speed", "gpu-compiled") and args.rounds:
         words += ["--rounds", args.rounds]
     # of two processes in one folder, one finds half a file
     compiled = GPU_SCRATCH/f"compiled-{part.name()}"

@@ -47,12 +47,14 @@ def synchronized_time():
     return time.perf_counter()
 
 def reset_peak():
-    "Free what can be freed, and measure the peak from here"
+    "Free what can be freed, and measure the peak from here; returns the GB that are still in use"
     import torch
     gc.collect()
-    if has_gpu():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    if not has_gpu():
+        return 0.
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()/1e9
 
 def peak_gb():
     import torch

@@ -68,28 +68,35 @@ def conversations(rows):
     return [{"messages": chat_messages(r["title"], r["content"])} for r in rows]
 
 def make_watch():
-    "A callback that notes when each step ends, and counts the tokens that the model gets"
+    "A callback that notes the time after the warm-up and at the end, counts the model's tokens, and keeps the losses"
     from transformers import TrainerCallback
     class Watch(TrainerCallback):
-        times, tokens, given = [], [], 0
-        def on_train_begin(self, *args, **kw):
-            self.times, self.tokens, self.given = [], [], 0
-        def on_step_end(self, *args, **kw):
-            self.times.append(synchronized_time())
-            self.tokens.append(int(self.given))
+        begin, steps, times, tokens, losses, given = 0., 0, [], [], [], 0
+        def on_train_begin(self, args, state, control, **kw):
+            self.begin, self.times, self.tokens, self.losses, self.given = synchronized_time(), [], [], [], 0
+            self.steps = state.max_steps - WARM
+        def on_log(self, args, state, control, logs=None, **kw):
+            if "loss" in (logs or {}):
+                self.losses.append(float(logs["loss"]))
+        def on_step_end(self, args, state, control, **kw):
+            "Only these steps wait for the GPU"
+            if state.global_step in (WARM, state.max_steps):
+                self.times.append(synchronized_time())
+                self.tokens.append(int(self.given))
         def count(self, module, args, kw):
             mask, ids = kw.get("attention_mask"), kw["input_ids"]
             is_mask = mask is not None and mask.dim() == 2
             self.given = self.given + (mask.sum() if is_mask else ids.numel())
     return Watch()
 
-def rate(watch, model, card):
-    "Speed and memory of a training after its first steps"
-    took = watch.times[-1] - watch.times[WARM - 1]
-    tokens = watch.tokens[-1] - watch.tokens[WARM - 1]
+def rate(watch, model, card, kept_gb):
+    "Speed of a training after its first steps, and its memory beside what earlier ways keep"
+    warm, end = watch.times
+    took, tokens = end - warm, watch.tokens[1] - watch.tokens[0]
     share = tokens/took*flop_per_token(model.config)/card
     return {"tokens_per_second": tokens/took, "useful_tokens": tokens,
-            "seconds": took, "memory_gb": peak_gb(),
+            "seconds": took, "memory_gb": peak_gb() - kept_gb, "losses": watch.losses,
+            "warmup_seconds": warm - watch.begin - WARM*took/watch.steps,
             "card_tflops": card/1e12, "share_of_card": share}
 
 def steps_for(recipe, each, tokens):
@@ -139,7 +146,7 @@ def compiled(on):
 
 # The ways: each trains for about so many tokens and returns the model
 
-def train_descgen(recipe, rows, tokens, watch, compile=False):
+def train_descgen(recipe, rows, tokens, watch, compile=False, callbacks=()):
     "descgen, as the notebook trains"
     from datasets import Dataset
     from descgen.formatting import template_parts
@@ -161,7 +168,7 @@ def train_descgen(recipe, rows, tokens, watch, compile=False):
     recipe = recipe.model_copy(update={"max_steps": steps_for(recipe, each, tokens)})
     try:
         with compiled(compile):
-            train(model, tokenizer, packs, recipe, callbacks=[watch])
+            train(model, tokenizer, packs, recipe, callbacks=[watch, *callbacks])
     finally:
         if has_gpu(): # the next way may be Unsloth's own
             patch_functions({new: old for old, new in unsloth_replacements().items()})
@@ -237,10 +244,9 @@ def memory_limit(gb):
 
 def measure(way, recipe, rows, tokens, card, **more):
     "A way once; the error if it does not run"
-    reset_peak()
-    watch = make_watch()
+    kept_gb, watch = reset_peak(), make_watch()
     try:
-        return rate(watch, way(recipe, rows, tokens, watch, **more), card)
+        return rate(watch, way(recipe, rows, tokens, watch, **more), card, kept_gb)
     except Exception as e:
         return {"failed": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}"}
 

@@ -1,60 +1,83 @@
-"""Writing descriptions on a GPU by batch size: descgen beside transformers' `generate` with PEFT.
+"""Writing descriptions on a GPU by batch size: descgen beside transformers' `generate`.
 
-    python -m bench gpu-write descgen llama WORK
-    python -m bench gpu-write plain llama WORK
+    python -m bench gpu-write all llama WORK       # these three, which take turns on the card
+    python -m bench gpu-write descgen llama WORK   # base in 4 bits, with an adapter
+    python -m bench gpu-write static llama WORK    # `generate` in 16 bits, adapter merged: dynamic and static cache
+    python -m bench gpu-write plain llama WORK     # `generate` with PEFT, base in 4 bits
     python -m bench gpu-write descgen llama WORK --sources 2
 
-The base is in 4 bits and has an adapter.
+Each text has as many tokens as every other one. descgen and PEFT sample, as users do; the merged model is greedy, which
+is faster. The fastest round counts. Sides that are started together load and compile at once, and measure one after the
+other: round by round and batch by batch.
 """
-from ..markdown import circumstances, markdown_table
-from ..measure import NOTEBOOK, save_result
-from .card import (CARD, add_model_options, card_lock, has_gpu, peak_gb, reset_peak,
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from ..markdown import circumstances, markdown_table, number
+from ..measure import NOTEBOOK, ROOT, save_result
+from .card import (CARD, GPU_SCRATCH, add_model_options, card_lock, has_gpu, peak_gb, reset_peak,
     synchronized_time)
 from .models import model_folder, read_rows, with_sources
 
-SIZES, NEW_TOKENS = (1, 8, 32, 128), 128 # batch sizes; tokens of a description
+NEW_TOKENS = 128 # of a description
+TITLES = 2048 # with batches of at least `MANY`; smaller batches get as many titles as they hold
+MANY = 128
+SMALL_SIZES, SMALL_TITLES = (1, 2), 5
+ALL_SIDES = ("descgen", "static", "plain")
 
 def add_options(parser):
-    parser.add_argument("side", choices=["descgen", "plain"])
+    parser.add_argument("side", choices=["all", *ALL_SIDES])
     add_model_options(parser)
     parser.add_argument("--rounds", type=int, default=2, help="the fastest counts")
     parser.add_argument("--sources", type=int, default=0, help="in each prompt of descgen")
+    parser.add_argument("--sizes", type=int, nargs="+", help="batch sizes (default: all of the side)")
+    parser.add_argument("--profile", action="store_true",
+        help="also the operations that take most time, for the smallest and the largest batch")
 
-def time_batches(write, rows, args):
-    "Seconds of each round and peak memory for each batch size"
-    write(rows[:2], 8) # warms up
-    found = {}
-    for size in (1, 2) if args.small else SIZES:
-        batch = (rows*(1 + size//len(rows)))[:size]
-        found[str(size)] = {"seconds": [], "memory_gb": 0.}
-        for _ in range(args.rounds):
-            reset_peak()
-            start = synchronized_time()
-            write(batch, size)
-            found[str(size)]["seconds"].append(synchronized_time() - start)
-            found[str(size)]["memory_gb"] = max(peak_gb(), found[str(size)]["memory_gb"])
-    return found
+@dataclass(frozen=True)
+class Way:
+    "A way to write descriptions"
+    write:object # (rows, batch size, new tokens)
+    sizes:tuple # of its batches
 
-def never_end(model, tokenizer):
-    "No text ends early, so that every description has the same length"
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(1000)
-    model.generation_config.eos_token_id = 1000
-    model.generation_config.suppress_tokens = [1000]
+@dataclass
+class Found:
+    "What was measured with one batch size"
+    titles:int
+    seconds:list = field(default_factory=list)
+    memory_gb:float = 0.
+    failed:str|None = None
+    profile:list|None = None
 
-def descgen_writer(source, args):
+# The sides
+
+class NeverEnds:
+    "A tokenizer whose end token no model writes"
+    def __init__(self, tokenizer):
+        self.eos_token_id, self.pad_token_id = -1, tokenizer.pad_token_id
+
+def descgen_ways(source, args):
     "descgen, as the notebook describes"
     import unsloth # before transformers
-    from descgen.formatting import template_parts
-    from descgen.inference import Sampling, describe
+    from descgen import decoding, static_decoding
+    from descgen.formatting import prompt_ids, template_parts
+    from descgen.inference import Sampling, complete
     from descgen.model import LoraSettings, add_lora, load_model
+    if not has_gpu():
+        decoding.decode = static_decoding.decode_static # try what a GPU does
     model, tokenizer = load_model(str(source), 2048, not args.small, "bfloat16")
     model, parts = add_lora(model, LoraSettings(lora_dropout=0)), template_parts(tokenizer)
-    never_end(model, tokenizer)
-    def write(rows, size):
-        titles, sources = [row["title"] for row in rows], [row.get("sources", []) for row in rows]
-        describe(model, tokenizer, titles, parts,
-            Sampling(args.new_tokens, batch_size=size), sources, progress=False)
-    return write
+    model.eval()
+    def write(rows, size, new_tokens):
+        prompts = [prompt_ids(row["title"], tokenizer, parts, row.get("sources", ())) for row in rows]
+        found = complete(model, NeverEnds(tokenizer), prompts,
+            Sampling(new_tokens, batch_size=size), progress=False)
+        return tokenizer.batch_decode(found)
+    return {"descgen": Way(write, (1, 8, 32, 128, 512, 1024, 2048))}
 
 def load_plain(source, in_4_bits):
     "A model with an adapter by transformers and PEFT"
@@ -71,62 +94,182 @@ def load_plain(source, in_4_bits):
     config = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
     return get_peft_model(base, config).eval()
 
-def plain_writer(source, args):
-    "transformers and PEFT, padded on the left, with the same sampling"
+def generate_writer(model, tokenizer, **options):
+    "transformers' `generate`, in batches of one width, padded on the left"
     import torch
-    from transformers import AutoTokenizer
     from descgen.formatting import chat_messages
-    model, tokenizer = (load_plain(source, not args.small),
-                        AutoTokenizer.from_pretrained(source, padding_side="left"))
-    never_end(model, tokenizer)
-    def write(rows, size):
-        texts = [tokenizer.apply_chat_template(chat_messages(row["title"]),
-            tokenize=False, add_generation_prompt=True)
-                 for row in rows]
-        batch = tokenizer(texts, return_tensors="pt", padding=True,
+    model.generation_config.eos_token_id = -1 # no text ends early
+    def encode(texts, width):
+        return tokenizer(texts, return_tensors="pt", padding="max_length", max_length=width,
             add_special_tokens=False).to(model.device)
-        with torch.no_grad():
-            model.generate(**batch, do_sample=True, temperature=0.7,
-                           top_p=0.9, max_new_tokens=args.new_tokens,
-                           pad_token_id=tokenizer.pad_token_id)
+    def write(rows, size, new_tokens):
+        texts = [tokenizer.apply_chat_template(chat_messages(row["title"]), tokenize=False, add_generation_prompt=True)
+                 for row in rows]
+        width = max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        found = []
+        for start in range(0, len(texts), size):
+            with torch.no_grad():
+                ids = model.generate(**encode(texts[start:start + size], width), max_new_tokens=new_tokens,
+                    pad_token_id=tokenizer.pad_token_id, **options)
+            found += tokenizer.batch_decode(ids[:, width:])
+        return found
     return write
 
-WRITERS = {"descgen": descgen_writer, "plain": plain_writer}
+def plain_ways(source, args):
+    "transformers and PEFT, with the same sampling"
+    from transformers import AutoTokenizer
+    model, tokenizer = load_plain(source, not args.small), AutoTokenizer.from_pretrained(source, padding_side="left")
+    write = generate_writer(model, tokenizer, do_sample=True, temperature=0.7, top_p=0.9)
+    return {"plain": Way(write, (1, 8, 32, 128))}
+
+def static_ways(source, args):
+    "transformers with a merged adapter, greedy: the usual cache, and the static one, which compiles its steps"
+    from transformers import AutoTokenizer
+    model = load_plain(source, False).merge_and_unload()
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    dynamic = generate_writer(model, tokenizer, do_sample=False)
+    static = generate_writer(model, tokenizer, do_sample=False, cache_implementation="static")
+    return {"merged": Way(dynamic, (1, 8, 128, 512, 1024)), "static": Way(static, (1, 8, 128, 512, 1024))}
+
+SIDES = {"descgen": descgen_ways, "static": static_ways, "plain": plain_ways}
+
+# Measuring
+
+@contextmanager
+def turn():
+    "The card alone; then another side has time to take it"
+    with card_lock():
+        yield
+    time.sleep(0.2)
+
+def titles_for(size, args):
+    "How many titles are written with a batch size"
+    if args.small: return SMALL_TITLES
+    return max(size, TITLES if size >= MANY else 0)
+
+def measure(way, rows, size, found, args):
+    "One round of a way; the first one warms up before, and an error ends the batch size"
+    try:
+        with turn():
+            reset_peak()
+            if not found.seconds:
+                way.write(rows[:size], size, args.new_tokens)
+            start = synchronized_time()
+            way.write(rows, size, args.new_tokens)
+            found.seconds.append(synchronized_time() - start)
+            found.memory_gb = max(found.memory_gb, peak_gb())
+    except Exception as e:
+        found.failed = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}"
+        print(found.failed, flush=True)
+
+def profile(write, rows, size):
+    "The operations that take most time while 16 tokens are written: name, milliseconds, calls"
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record_profile
+    kind = ProfilerActivity.CUDA if has_gpu() else ProfilerActivity.CPU
+    with turn():
+        write(rows[:size], size, 16)
+        with record_profile(activities=[kind]) as recorded:
+            write(rows[:size], size, 16)
+    name = "self_device_time_total" if has_gpu() else "self_cpu_time_total"
+    events = sorted(recorded.key_averages(), key=lambda event: -getattr(event, name))[:20]
+    return [[event.key[:80], round(getattr(event, name)/1000, 2), event.count] for event in events]
+
+def measure_ways(ways, rows, args):
+    "Each way with each batch size, in rounds that take turns: {way: {size: Found}}"
+    sizes = {name: SMALL_SIZES if args.small else args.sizes or way.sizes for name, way in ways.items()}
+    found = {name: {size: Found(titles_for(size, args)) for size in sizes[name]} for name in ways}
+    for _ in range(args.rounds):
+        for size in sorted(set().union(*sizes.values())):
+            for name, way in ways.items():
+                one = found[name].get(size)
+                if one is None or one.failed: continue
+                some = (rows*(1 + one.titles//len(rows)))[:one.titles]
+                measure(way, some, size, one, args)
+                save(args, name, found[name])
+    if args.profile:
+        profile_ways(ways, rows, found, args)
+    return found
+
+def profile_ways(ways, rows, found, args):
+    "Profile each way's smallest and largest batch, and save"
+    for name, way in ways.items():
+        done = [size for size, one in found[name].items() if one.seconds]
+        for size in {min(done), max(done)} if done else ():
+            some = rows*(1 + size//len(rows))
+            found[name][size].profile = profile(way.write, some, size)
+        save(args, name, found[name])
 
 def summarize(found, new_tokens):
-    "Descriptions per minute and tokens per second, by batch size"
+    "Descriptions per minute, tokens per second and memory, by batch size"
     summary = {}
-    for size, f in found.items():
-        rate = int(size)/min(f["seconds"])
-        summary[size] = {"per_minute": 60*rate, "tokens_per_second": new_tokens*rate,
-                         "memory_gb": f["memory_gb"]}
+    for size, one in found.items():
+        if not one.seconds:
+            continue
+        rate = one.titles/min(one.seconds)
+        summary[str(size)] = {"per_minute": 60*rate, "tokens_per_second": new_tokens*rate, "memory_gb": one.memory_gb}
     return summary
 
+def save(args, way, found):
+    "Write what is measured so far"
+    name = f"gpu-write-{way}{'-sources' if args.sources else ''}-{args.model}{'-small' if args.small else ''}"
+    raw = {str(size): vars(one) for size, one in found.items()}
+    save_result(args.results, name, summarize(found, args.new_tokens), raw, args.rounds, "fastest")
+
+def run_together(args):
+    "Start all sides as processes of their own, with a log each, and wait for them"
+    GPU_SCRATCH.mkdir(parents=True, exist_ok=True)
+    words = sys.argv[sys.argv.index("all") + 1:]
+    running = {}
+    for side in ALL_SIDES:
+        compiled = str(GPU_SCRATCH/f"compiled-write-{side}") # of two processes in one folder, one finds half a file
+        with open(GPU_SCRATCH/f"gpu-write-{side}.log", "w") as log:
+            running[side] = subprocess.Popen([sys.executable, "-m", "bench", "gpu-write", side, *words], cwd=ROOT,
+                stdout=log, stderr=log, env=os.environ | {"UNSLOTH_COMPILE_LOCATION": compiled})
+    for side, process in running.items():
+        log = GPU_SCRATCH/f"gpu-write-{side}.log"
+        print(f"{side}: {'done' if process.wait() == 0 else 'FAILED, see ' + log.name}", flush=True)
+
 def run(args):
+    source = model_folder(args.model, args.work, args.small)
+    if args.side == "all":
+        return run_together(args)
     args.new_tokens = 4 if args.small else NEW_TOKENS
-    write = WRITERS[args.side](model_folder(args.model, args.work, args.small), args)
     rows = read_rows(args.rows)
     if args.sources:
         from descgen.recipe import read_defaults
         rows = with_sources(rows, args.sources, read_defaults(NOTEBOOK)["source_chars"])
-    with card_lock():
-        found = time_batches(write, rows, args)
-    side = args.side + ("-sources" if args.sources else "")
-    name = f"gpu-write-{side}-{args.model}{'-small' if args.small else ''}"
-    save_result(args.results, name, summarize(found, args.new_tokens),
-        found, args.rounds, "fastest")
+    measure_ways(SIDES[args.side](source, args), rows, args)
 
-LABELS = {"descgen": "descgen", "descgen-sources": "descgen, two sources in each prompt",
-          "plain": "transformers + PEFT"}
+# Tables
+
+LABELS = {
+    "descgen": "descgen",
+    "descgen-sources": "descgen, two sources in each prompt",
+    "static": "transformers, merged, static cache", "merged": "transformers, merged",
+    "plain": "transformers + PEFT"}
+
+def table_of(records, key, form, sizes):
+    "A figure by batch size and way; empty where it was not measured"
+    rows = []
+    for size in sizes:
+        figures = [record["summary"].get(size, {}).get(key) for record in records.values()]
+        rows.append([size, *(number(figure, form) for figure in figures)])
+    return rows
 
 def tables(read):
-    records = {side: record for side in LABELS if (record := read(f"gpu-write-{side}-llama"))}
+    records = {way: record for way in LABELS if (record := read(f"gpu-write-{way}-llama"))}
     if not records:
         return {}
-    first = next(iter(records.values()))
-    rows = []
-    for size in first["summary"]:
-        found = [record["summary"][size]["per_minute"] for record in records.values()]
-        rows.append([size, *(f"{n:,.0f}" for n in found)])
-    table = markdown_table(["batch", *(LABELS[side] for side in records)], rows)
-    return {"gpu-write": [circumstances(first, *CARD), "", *table]}
+    sizes = sorted({size for record in records.values() for size in record["summary"]}, key=int)
+    head = [LABELS[way] for way in records]
+    rates = table_of(records, "per_minute", ",.0f", sizes)
+    alone = [record["summary"].get("1") for record in records.values()]
+    rates.append(["one title, ms per token", *(number(one and 60_000/one["per_minute"]/NEW_TOKENS, ".1f")
+                                               for one in alone)])
+    lines = [circumstances(next(iter(records.values())), *CARD), "",
+             *markdown_table(["batch: descriptions per minute", *head], rates)]
+    memory = [row for row in table_of(records, "memory_gb", ".1f", sizes) if any(row[1:])]
+    if memory:
+        lines += ["", *markdown_table(["batch: peak memory in GB", *head], memory)]
+    return {"gpu-write": lines}
