@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'RootOption', 'NotebookOption', 'NOTEBOOK', 'TitleField', 'ContentField', 'Encoding', 'Output',
-           'Input', 'Titles', 'Fill', 'Greedy', 'BatchSize', 'Verify', 'Strict', 'NSources', 'Dtype', 'Pairs',
+           'Input', 'Titles', 'Fill', 'Greedy', 'BatchSize', 'Verify', 'Strict', 'NSources', 'Engine', 'Dtype', 'Pairs',
            'Recipes', 'Run', 'check', 'evaluate', 'export', 'generate', 'serve', 'open_app', 'run', 'resume', 'runs',
            'sweep', 'diff', 'repeat']
 
@@ -12,7 +12,7 @@ __all__ = ['app', 'data_app', 'RootOption', 'NotebookOption', 'NOTEBOOK', 'Title
 import json, shlex, sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -202,7 +202,15 @@ def _continuable(output):
         raise typer.Exit(130)
 
 # %% ../nbs/90_cli.ipynb #9682676b
-def _generate(adapter, input, output, settings, sources, dtype, overwrite):
+def _open_describer(adapter, engine, sources, dtype):
+    "What writes the texts"
+    if engine == "descgen":
+        from descgen.describer import Describer
+        return Describer(adapter, sources, dtype=dtype)
+    from descgen.vllm import vllm_describer
+    return vllm_describer(adapter, sources, **({"dtype": dtype} if dtype else {}))
+
+def _generate(adapter, input, output, settings, engine, sources, dtype, overwrite):
     "Load the adapter and describe the input; progress goes to standard error"
     import contextlib
     from descgen.batches import check_output, generate
@@ -210,8 +218,7 @@ def _generate(adapter, input, output, settings, sources, dtype, overwrite):
     check_output(output, overwrite) # first: loading a model takes longer
     read_adapter_config(adapter)
     with contextlib.redirect_stdout(sys.stderr), _continuable(output):
-        from descgen.describer import Describer
-        describer = Describer(adapter, "auto" if sources is None else sources, dtype=dtype)
+        describer = _open_describer(adapter, engine, "auto" if sources is None else sources, dtype)
         return generate(describer, input, output, settings, overwrite=overwrite)
 
 # %% ../nbs/90_cli.ipynb #899f7b08
@@ -231,6 +238,7 @@ Verify = Annotated[bool|None, typer.Option("--verify/--no-verify",
 Strict = Annotated[bool, typer.Option("--strict",
     help="A claim must stand in the title, or in all sources alike")]
 NSources = Annotated[int|None, typer.Option(min=0, help="Sources per title; else as trained")]
+Engine = Annotated[Literal["descgen", "vllm"], typer.Option(help="What writes the texts; vLLM must be installed")]
 Dtype = Annotated[str|None, typer.Option(
     help="bfloat16, float16 or float32; else as in training")]
 
@@ -246,6 +254,7 @@ def generate(
     top_p:Annotated[float, typer.Option(help="Sample from this total probability")]=0.9,
     seed:Annotated[int, typer.Option(help="Of the random numbers")]=42, batch_size:BatchSize=None,
     verify:Verify=None, strict:Strict=False, sources:NSources=None, dtype:Dtype=None,
+    engine:Engine="descgen",
     title_field:TitleField="auto", content_field:ContentField="auto", encoding:Encoding="auto",
     as_json:Annotated[bool, typer.Option("--json", help="Print numbers of rows as JSON")]=False,
 ):
@@ -255,7 +264,7 @@ def generate(
         settings = _batch_settings(greedy, n, verify=verify, max_new_tokens=max_new_tokens,
             temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size, fill=fill,
             strict=strict, title_field=title_field, content_field=content_field, encoding=encoding)
-        outcome = _generate(adapter, titles, output, settings, sources, dtype, overwrite)
+        outcome = _generate(adapter, titles, output, settings, engine, sources, dtype, overwrite)
     from dataclasses import asdict
     shown = {**asdict(outcome), "output": str(outcome.output), "rejected": outcome.rejected}
     typer.echo(to_json(shown) if as_json else f"{outcome}\n{output}")

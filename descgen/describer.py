@@ -77,13 +77,14 @@ class Describer:
         load_in_4bit:bool|str="auto", # load the base in 4 bits; "auto": on a CUDA device
         base:str|None=None, # another base than the one that the adapter names
         dtype:str|None=None, # "bfloat16", "float16" or "float32"; None: as in training
+        loaded:tuple|None=None, # a model and its tokenizer to write with; None: the base and the adapter
     ):
         self.folder = Path(folder)
         self.n_sources, self.index = open_sources(folder, sources) # first: a model takes longer
         settings = read_settings(folder)
         self.checks = catalogue_checks(settings, self.index)
         self.trained_with_sources = bool(settings.get("sources"))
-        self.model, self.tokenizer = load_adapter(folder, max_seq_length, load_in_4bit, base, dtype)
+        self.model, self.tokenizer = loaded or load_adapter(folder, max_seq_length, load_in_4bit, base, dtype)
         self.parts, self.max_seq_length = template_parts(self.tokenizer), max_seq_length
 
     def __repr__(self):
@@ -116,7 +117,7 @@ def identity(self:Describer)->dict: # names and hashes
     return {"adapter": short_path(str(self.folder)), "adapter_sha256": adapter_hash(self.folder),
         "base": model_fingerprint(self.model, self.tokenizer),
         "dtype": str(self.model.dtype).removeprefix("torch."),
-        "device": layer_device(self.model).type,
+        "device": getattr(self.model, "engine", None) or layer_device(self.model).type,
         "max_seq_length": self.max_seq_length, "sources": self.n_sources,
         "sources_hash": self.index.hash if self.index else None,
         "claim_probability": read_settings(self.folder).get("claim_probability") if self.index else None}

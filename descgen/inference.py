@@ -224,7 +224,7 @@ def _can_decode(model):
 
 # %% ../nbs/50_inference.ipynb #f4f2eab9
 def complete(
-    model, # with or without an adapter
+    model, # with or without an adapter; or one with a method `complete`, such as `VllmModel` of chapter 84
     tokenizer, # of the model
     prompts:list[list[int]], # token ids, from `prompt_ids`
     sampling:Sampling=Sampling(), # number and choice of the tokens
@@ -233,12 +233,13 @@ def complete(
     progress:bool=True, # show a progress bar
 )->list[list[int]]: # the new tokens of each prompt, with the end token if it was generated
     "Complete prompts"
+    noise = _noise_for(len(prompts), sampling) if noise is None else noise
+    if hasattr(model, "complete"): return model.complete(tokenizer, prompts, sampling, noise, progress)
     from tqdm import tqdm
     from unsloth import FastLanguageModel
     from descgen.static_decoding import release_copy
     was_training = model.training
     FastLanguageModel.for_inference(model)
-    noise = _noise_for(len(prompts), sampling) if noise is None else noise
     write = _complete_in_slots if _can_decode(model) else _complete_in_batches
     with tqdm(total=len(prompts), desc="describing", unit="text", file=sys.stdout, disable=not progress) as bar:
         completions = write(model, tokenizer, prompts, sampling, noise, bar)
