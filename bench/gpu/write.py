@@ -4,6 +4,7 @@
     python -m bench gpu-write descgen llama WORK   # base in 4 bits, with an adapter
     python -m bench gpu-write static llama WORK    # `generate` in 16 bits, adapter merged: dynamic and static cache
     python -m bench gpu-write plain llama WORK     # `generate` with PEFT, base in 4 bits
+    python -m bench gpu-write vllm llama WORK      # vLLM, if it is installed: 16 bits, adapter merged
     python -m bench gpu-write descgen llama WORK --sources 2
 
 Each text has as many tokens as every other one. descgen and PEFT sample, as users do; the merged model is greedy, which
@@ -27,10 +28,10 @@ NEW_TOKENS = 128 # of a description
 TITLES = 2048 # with batches of at least `MANY`; smaller batches get as many titles as they hold
 MANY = 128
 SMALL_SIZES, SMALL_TITLES = (1, 2), 5
-ALL_SIDES = ("descgen", "static", "plain")
+ALL_SIDES = ("descgen", "static", "plain") # all but vLLM, which is not among descgen's requirements
 
 def add_options(parser):
-    parser.add_argument("side", choices=["all", *ALL_SIDES])
+    parser.add_argument("side", choices=["all", *ALL_SIDES, "vllm"])
     add_model_options(parser)
     parser.add_argument("--rounds", type=int, default=2, help="the fastest counts")
     parser.add_argument("--sources", type=int, default=0, help="in each prompt of descgen")
@@ -122,6 +123,26 @@ def plain_ways(source, args):
     write = generate_writer(model, tokenizer, do_sample=True, temperature=0.7, top_p=0.9)
     return {"plain": Way(write, (1, 8, 32, 128))}
 
+def vllm_ways(source, args):
+    "vLLM with a merged adapter, greedy; a batch is the titles that it gets at once"
+    import torch
+    from transformers import AutoTokenizer
+    from descgen.formatting import prompt_ids, template_parts
+    from descgen.inference import Sampling
+    from descgen.vllm import VllmModel
+    tokenizer, merged = AutoTokenizer.from_pretrained(source), args.work/"merged"
+    load_plain(source, False).merge_and_unload().save_pretrained(merged)
+    tokenizer.save_pretrained(merged)
+    torch.cuda.empty_cache()
+    model, parts = VllmModel(merged, gpu_memory_utilization=0.5), template_parts(tokenizer)
+    def write(rows, size, new_tokens):
+        prompts, found = [prompt_ids(row["title"], tokenizer, parts) for row in rows], []
+        sampling = Sampling(new_tokens, greedy=True)
+        for start in range(0, len(prompts), size):
+            found += model.complete(NeverEnds(tokenizer), prompts[start:start + size], sampling, None, False)
+        return tokenizer.batch_decode(found)
+    return {"vllm": Way(write, (1, 8, 128, 512, 1024, 2048))}
+
 def static_ways(source, args):
     "transformers with a merged adapter, greedy: the usual cache, and the static one, which compiles its steps"
     from transformers import AutoTokenizer
@@ -131,7 +152,7 @@ def static_ways(source, args):
     static = generate_writer(model, tokenizer, do_sample=False, cache_implementation="static")
     return {"merged": Way(dynamic, (1, 8, 128, 512, 1024)), "static": Way(static, (1, 8, 128, 512, 1024))}
 
-SIDES = {"descgen": descgen_ways, "static": static_ways, "plain": plain_ways}
+MAKERS = {"descgen": descgen_ways, "static": static_ways, "plain": plain_ways, "vllm": vllm_ways}
 
 # Measuring
 
@@ -239,7 +260,7 @@ def run(args):
     if args.sources:
         from descgen.recipe import read_defaults
         rows = with_sources(rows, args.sources, read_defaults(NOTEBOOK)["source_chars"])
-    measure_ways(SIDES[args.side](source, args), rows, args)
+    measure_ways(MAKERS[args.side](source, args), rows, args)
 
 # Tables
 
@@ -247,7 +268,7 @@ LABELS = {
     "descgen": "descgen",
     "descgen-sources": "descgen, two sources in each prompt",
     "static": "transformers, merged, static cache", "merged": "transformers, merged",
-    "plain": "transformers + PEFT"}
+    "plain": "transformers + PEFT", "vllm": "vLLM, merged"}
 
 def table_of(records, key, form, sizes):
     "A figure by batch size and way; empty where it was not measured"
