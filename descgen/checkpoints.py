@@ -22,7 +22,8 @@ from .recipe import Recipe, without_unused
 from . import __version__
 
 # %% ../nbs/43_checkpoints.ipynb #b05da9b2
-# These parameters do not change the weights; `compile` changes only how they are rounded. Of the data file and the first adapter the content counts, not the path.
+# These parameters do not change the weights; `compile` changes only how they are rounded. Of the data file and the
+# first adapter the content counts, not the path.
 _NOT_IN_FINGERPRINT = {
     "output_dir", "overwrite", "data_path", "strict",
     "eval_rows", "logging_steps", "eval_steps", "save_steps",

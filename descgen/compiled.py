@@ -121,6 +121,7 @@ def scaled_product(
     return torch._scaled_mm(values, weight.T, row_scale, scale.T, out_dtype=x.dtype,
         use_fast_accum=True)
 
+# %% ../nbs/36_compiled.ipynb #d9f673cf
 class Fp8Product(torch.autograd.Function):
     "A product with a frozen weight in 8 bits"
     @staticmethod
@@ -168,6 +169,7 @@ class Layer(NamedTuple):
     gate_up: Projection
     down: Projection
 
+# %% ../nbs/36_compiled.ipynb #b1291777
 def _norm(x, weight, eps): return F.rms_norm(x, weight.shape, weight, eps)
 
 def _heads(projected, size):
@@ -206,6 +208,7 @@ def _scales(layers):
     adapted = [layer for layer in layers if isinstance(layer, LoraLayer)]
     return {layer.scaling[layer.active_adapters[0]] for layer in adapted}
 
+# %% ../nbs/36_compiled.ipynb #5dcd8c62
 def make_projection(
     layers:list, # linear layers with the same input, with or without a LoRA adapter
     fp8:bool=False, # multiply by the base's weights in 8 bits
@@ -220,6 +223,7 @@ def make_projection(
     weight = torch.cat([base.weight.data for base in bases])
     return Projection(sizes, scale, A, B, None, quantize_weight(weight))
 
+# %% ../nbs/36_compiled.ipynb #011864f1
 def layer_tensors(
     layer, # of transformers' Llama
     fp8:bool=False, # multiply by the base's weights in 8 bits
@@ -285,6 +289,7 @@ def _training_forward(inner, loss, length, usual):
         return CausalLMOutputWithPast(loss=value)
     return forward
 
+# %% ../nbs/36_compiled.ipynb #5f8c0d29
 MEMORY_BUDGET = 0.9 # of the memory for activations that PyTorch would use: what is cheap is computed again
 
 @contextmanager
@@ -317,6 +322,7 @@ def _layer_obstacle(layer):
     if isinstance(layer, LoraLayer) and not has_plain_adapter(layer): return "its adapter is not plain LoRA"
     return None
 
+# %% ../nbs/36_compiled.ipynb #6fcce872
 def _linear_layers(inner):
     "The linear layers that `layer_tensors` reads"
     layers = inner.get_decoder().layers

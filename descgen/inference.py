@@ -191,6 +191,7 @@ def _complete_in_batches(model, tokenizer, prompts, sampling, noise, bar):
         bar.update(len(indices))
     return [completions[i] for i in range(len(prompts))]
 
+# %% ../nbs/50_inference.ipynb #7fd46e49
 def _slot_arguments(model, tokenizer, sampling, noise):
     "How `decode` and `decode_static` choose tokens, and where a text ends"
     from descgen.layers import layer_device
@@ -287,6 +288,7 @@ def _stream_by_generate(model, tokenizer, prompt, sampling, streamer, stop):
     ids = model.generate(**arguments, streamer=streamer, stopping_criteria=[lambda ids, scores, **_: stop.is_set()])
     return _truncate_at_eos(ids[0, len(prompt):].tolist(), tokenizer.eos_token_id)
 
+# %% ../nbs/50_inference.ipynb #893f39a3
 def _stream_in_slots(model, tokenizer, prompt, sampling, streamer, stop):
     "Write a text into a streamer by `decode_static`; returns its new tokens"
     import torch

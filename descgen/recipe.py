@@ -361,6 +361,7 @@ def resolve(
     resolved = recipe.model_copy(update={**data, **model, "optim": optim, "bf16": bf16, "fp16": fp16})
     return resolved.model_copy(update={"compile": _choose_compile(resolved)})
 
+# %% ../nbs/40_recipe.ipynb #9d965d0b
 def compute_dtype(
     recipe:Recipe, # resolved
 )->str: # "bfloat16", "float16" or "float32"

@@ -19,6 +19,7 @@ import psutil
 import unsloth # before transformers
 import torch
 from accelerate import init_empty_weights
+from fastcore.basics import patch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -113,6 +114,7 @@ def _plain_config(config):
     config._attn_implementation = "slots"
     return config
 
+# %% ../nbs/35_static_decoding.ipynb #11d58f36
 def plain_copy(
     model, # with or without an adapter; see `can_copy`
 ): # a model of transformers' own class, for `SlotCache`
@@ -188,23 +190,26 @@ class SlotCache(Cache):
         self.n, self.width = n, capacity # slots and tokens of a step
         self.reading = None # the slots of the prompts that are read
 
-    def update(self, keys, values, layer, *args, **kwargs):
-        "Store keys and values of a layer; returns what attention reads"
-        stored = self.keys[layer], self.values[layer]
-        if self.reading is not None:
-            for place, new in zip(stored, (keys, values)):
-                place[self.reading, :, :new.shape[2]] = new
-            return keys, values
-        n, width = self.n, self.width
+# %% ../nbs/35_static_decoding.ipynb #4c7c4b91
+@patch
+def update(self:SlotCache, keys, values, layer, *args, **kwargs):
+    "Store keys and values of a layer; returns what attention reads"
+    stored = self.keys[layer], self.values[layer]
+    if self.reading is not None:
         for place, new in zip(stored, (keys, values)):
-            place[self.rows[:n], :, self.lengths[:n]] = new[:, :, 0]
-        return tuple(place[:n, :, :width] for place in stored)
+            place[self.reading, :, :new.shape[2]] = new
+        return keys, values
+    n, width = self.n, self.width
+    for place, new in zip(stored, (keys, values)):
+        place[self.rows[:n], :, self.lengths[:n]] = new[:, :, 0]
+    return tuple(place[:n, :, :width] for place in stored)
 
-    def mask(self):
-        "What a step adds to the scores of each slot's tokens: minus infinity behind the new token"
-        is_seen = torch.arange(self.width, device=self.lengths.device) <= self.lengths[:self.n, None]
-        mask = torch.zeros(is_seen.shape, dtype=self.keys.dtype, device=self.lengths.device)
-        return mask.masked_fill(~is_seen, -torch.inf)[:, None, None]
+@patch
+def mask(self:SlotCache):
+    "What a step adds to the scores of each slot's tokens: minus infinity behind the new token"
+    is_seen = torch.arange(self.width, device=self.lengths.device) <= self.lengths[:self.n, None]
+    mask = torch.zeros(is_seen.shape, dtype=self.keys.dtype, device=self.lengths.device)
+    return mask.masked_fill(~is_seen, -torch.inf)[:, None, None]
 
 # %% ../nbs/35_static_decoding.ipynb #86855cc7
 class StaticSlots:
@@ -222,40 +227,45 @@ class StaticSlots:
         self.scores = torch.zeros(n, head.weight.shape[0], device=device)
         self.graphs = {} if graphs else None # by slots and width
 
-    def read(self, slots, prompts, pad):
-        "Read prompts into some slots, without their last tokens"
-        device, width = self.last.device, max(map(len, prompts)) - 1
-        slots = torch.tensor(slots, device=device)
-        if width:
-            ids = [prompt[:-1] + [pad]*(width + 1 - len(prompt)) for prompt in prompts]
-            self.cache.reading = slots
-            self.model.get_decoder()(input_ids=torch.tensor(ids, device=device), past_key_values=self.cache,
-                position_ids=torch.arange(width, device=device)[None], use_cache=True)
-            self.cache.reading = None
-        self.last[slots] = torch.tensor([prompt[-1] for prompt in prompts], device=device)
-        self.cache.lengths[slots] = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-
-    def compute(self, n, width):
-        "The scores of the next token of the first `n` slots; nothing else changes"
-        self.cache.n, self.cache.width = n, width
-        out = self.model(input_ids=self.last[:n, None], attention_mask=self.cache.mask(),
-            position_ids=self.cache.lengths[:n, None], past_key_values=self.cache, use_cache=True)
-        self.scores[:n].copy_(out.logits[:, -1])
-
-    def step(self, n, width):
-        "The scores of the next token of the first `n` slots, from `compute` or its recording"
-        if self.graphs is None:
-            self.compute(n, width)
-        else:
-            if (n, width) not in self.graphs:
-                pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-                self.graphs[n, width] = record(lambda: self.compute(n, width), pool)
-            self.graphs[n, width].replay()
-        return self.scores[:n]
-
     def memory(self):
         "Bytes of the cache and the scores"
         return sum(t.nbytes for t in (self.cache.keys, self.cache.values, self.scores))
+
+# %% ../nbs/35_static_decoding.ipynb #a87383db
+@patch
+def read(self:StaticSlots, slots, prompts, pad):
+    "Read prompts into some slots, without their last tokens"
+    device, width = self.last.device, max(map(len, prompts)) - 1
+    slots = torch.tensor(slots, device=device)
+    if width:
+        ids = [prompt[:-1] + [pad]*(width + 1 - len(prompt)) for prompt in prompts]
+        self.cache.reading = slots
+        self.model.get_decoder()(input_ids=torch.tensor(ids, device=device), past_key_values=self.cache,
+            position_ids=torch.arange(width, device=device)[None], use_cache=True)
+        self.cache.reading = None
+    self.last[slots] = torch.tensor([prompt[-1] for prompt in prompts], device=device)
+    self.cache.lengths[slots] = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+
+# %% ../nbs/35_static_decoding.ipynb #a5bb3c51
+@patch
+def compute(self:StaticSlots, n, width):
+    "The scores of the next token of the first `n` slots; nothing else changes"
+    self.cache.n, self.cache.width = n, width
+    out = self.model(input_ids=self.last[:n, None], attention_mask=self.cache.mask(),
+        position_ids=self.cache.lengths[:n, None], past_key_values=self.cache, use_cache=True)
+    self.scores[:n].copy_(out.logits[:, -1])
+
+@patch
+def step(self:StaticSlots, n, width):
+    "The scores of the next token of the first `n` slots, from `compute` or its recording"
+    if self.graphs is None:
+        self.compute(n, width)
+    else:
+        if (n, width) not in self.graphs:
+            pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+            self.graphs[n, width] = record(lambda: self.compute(n, width), pool)
+        self.graphs[n, width].replay()
+    return self.scores[:n]
 
 # %% ../nbs/35_static_decoding.ipynb #f1938bee
 def record(
@@ -288,22 +298,26 @@ class Texts:
         self.active = torch.zeros(n, dtype=torch.bool, device=device) # whether a text goes on
         self.tokens = torch.zeros(n, longest + 1, dtype=torch.long, device=device)
 
-    def start(self, slots, owners):
-        "Begin texts; `owners` are the numbers of their prompts"
-        self.owners[slots] = torch.tensor(owners, device=self.owners.device)
-        self.steps[slots] = 0
-        self.active[slots] = True
+# %% ../nbs/35_static_decoding.ipynb #4225be6a
+@patch
+def start(self:Texts, slots, owners):
+    "Begin texts; `owners` are the numbers of their prompts"
+    self.owners[slots] = torch.tensor(owners, device=self.owners.device)
+    self.steps[slots] = 0
+    self.active[slots] = True
 
-    def add(self, chosen):
-        "Add a token to each text that has not ended"
-        self.tokens.scatter_(1, self.steps[:, None], chosen[:, None])
-        self.steps += self.active
-        self.active &= (chosen != self.end) & (self.steps < self.longest)
+@patch
+def add(self:Texts, chosen):
+    "Add a token to each text that has not ended"
+    self.tokens.scatter_(1, self.steps[:, None], chosen[:, None])
+    self.steps += self.active
+    self.active &= (chosen != self.end) & (self.steps < self.longest)
 
-    def keep(self, slots):
-        "Leave the other slots out"
-        for name in ("owners", "steps", "active", "tokens"):
-            setattr(self, name, getattr(self, name)[slots])
+@patch
+def keep(self:Texts, slots):
+    "Leave the other slots out"
+    for name in ("owners", "steps", "active", "tokens"):
+        setattr(self, name, getattr(self, name)[slots])
 
 # %% ../nbs/35_static_decoding.ipynb #560515d5
 MIN_SLOTS = 64 # a step with fewer is hardly faster
@@ -332,6 +346,7 @@ class _Writing:
         "The slots with a text"
         return [slot for slot, owner in enumerate(self.owners) if owner is not None]
 
+# %% ../nbs/35_static_decoding.ipynb #bd47159f
 def _fill_slots(writing, free):
     "Read waiting prompts into free slots"
     group = next_group(writing.prompts, writing.waiting, len(free))
@@ -381,6 +396,7 @@ def _report(writing, used):
         writing.new[owner] = tokens[slot][:counts[slot]]
         writing.on_tokens(owner, writing.new[owner][told:])
 
+# %% ../nbs/35_static_decoding.ipynb #828c0873
 def _shrink(writing, used, n):
     "Move the texts to the first `n` slots, and leave the others out"
     kept = used + writing.free()[:n - len(used)]
@@ -440,6 +456,7 @@ class _Copy:
 _copies = WeakKeyDictionary() # by model without PEFT's wrapper
 _lock = threading.RLock() # one text or batch at a time: slots are shared
 
+# %% ../nbs/35_static_decoding.ipynb #beb2c95b
 def kept_copy(
     model, # with or without an adapter
 )->_Copy:
@@ -499,6 +516,7 @@ def _slots_for(copy, prompts, longest, batch_size, graphs):
     copy.slots = StaticSlots(plain, n, capacity, graphs)
     return copy.slots, n
 
+# %% ../nbs/35_static_decoding.ipynb #b374aef6
 @torch.no_grad()
 def decode_static(
     model, # with or without an adapter; see `can_copy`

@@ -36,6 +36,7 @@ def _import_vllm():
     import vllm
     return vllm
 
+# %% ../nbs/84_vllm.ipynb #41a1dea5
 class VllmModel:
     "A merged model in vLLM, for `complete`"
     engine = "vllm"
