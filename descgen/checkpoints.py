@@ -22,11 +22,12 @@ from .recipe import Recipe, without_unused
 from . import __version__
 
 # %% ../nbs/43_checkpoints.ipynb #b05da9b2
-# These parameters do not change the weights; `compile` changes only how they are rounded. Of the data file and the first adapter the content counts, not the path.
+# These parameters do not change the weights; `compile` changes only how they are rounded, `num_processes` also which inputs dropout drops. Of the data file and the first adapter the content counts, not the path.
 _NOT_IN_FINGERPRINT = {
     "output_dir", "overwrite", "data_path", "strict",
     "eval_rows", "logging_steps", "eval_steps", "save_steps",
-    "n_titles", "title", "max_new_tokens", "temperature", "top_p", "report_to", "adapter_path", "compile"}
+    "n_titles", "title", "max_new_tokens", "temperature", "top_p", "report_to", "adapter_path", "compile",
+    "num_processes"}
 # they change the adapter if it is chosen by the test loss
 _MEASUREMENT_PARAMETERS = {"eval_rows", "eval_steps"}
 
