@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INITIAL_WEIGHTS', 'BEST_WEIGHTS', 'run_fingerprint', 'checkpoint_step', 'list_checkpoints', 'reproducibility',
-           'prepare_output_dir', 'check_base_model', 'licence_of', 'save_adapter']
+           'describe_differences', 'prepare_output_dir', 'check_base_model', 'licence_of', 'save_adapter']
 
 # %% ../nbs/43_checkpoints.ipynb #466ade99
 import json, shutil
@@ -79,10 +79,15 @@ def reproducibility()->str: # "exact" or "approximate"
     return "approximate" if has_cuda() else "exact" # GPU kernels may add in another order each time
 
 # %% ../nbs/43_checkpoints.ipynb #5c98f14b
-def _describe_differences(theirs, mine):
+def describe_differences(
+    theirs:dict, # names and values
+    mine:dict, # the same of another run or process
+    there:str="there", # where the first one is
+    here:str="here", # where the second one is
+)->list[str]:
     "One phrase for each value that differs between two fingerprints"
     keys = {**theirs, **mine}
-    return [f"{k} {theirs.get(k)!r} there, {mine.get(k)!r} here"
+    return [f"{k} {theirs.get(k)!r} {there}, {mine.get(k)!r} {here}"
             for k in keys if theirs.get(k) != mine.get(k)]
 
 def _resumable_checkpoint(checkpoints):
@@ -117,7 +122,7 @@ def prepare_output_dir(
     "Prepare `output_dir` for this run; FileExistsError if it holds another run and `overwrite` is not set"
     folder, manifest = Path(recipe.output_dir), load_manifest(recipe.output_dir)
     mine, theirs = run_fingerprint(recipe, file_key), manifest.get("fingerprint", {})
-    differences = _describe_differences(theirs, mine)
+    differences = describe_differences(theirs, mine)
     if not recipe.overwrite:
         _refuse_other_run(folder, differences, theirs)
     resumes = not differences and manifest.get("state") in ("running", "failed", "interrupted")

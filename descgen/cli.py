@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'RootOption', 'NotebookOption', 'NOTEBOOK', 'TitleField', 'ContentField', 'Encoding', 'Output',
            'Input', 'Titles', 'Fill', 'Greedy', 'BatchSize', 'Verify', 'Strict', 'NSources', 'Dtype', 'Pairs',
-           'Recipes', 'Run', 'check', 'evaluate', 'export', 'generate', 'serve', 'open_app', 'run', 'resume', 'runs',
-           'sweep', 'diff', 'repeat']
+           'Processes', 'Recipes', 'Run', 'check', 'evaluate', 'export', 'generate', 'serve', 'open_app', 'run',
+           'resume', 'runs', 'sweep', 'diff', 'repeat']
 
 # %% ../nbs/90_cli.ipynb #ecbab937
 import json, shlex, sys
@@ -475,6 +475,8 @@ def _keep_word(word): return word # Typer would make one text of the two words
 Pairs = Annotated[list[str]|None, typer.Option("--parameters", "-p",
     parser=_keep_word, metavar="NAME VALUE",
     help="A parameter of the notebook and its value: -p max_steps 100 -p title \"Red Mug\"")]
+Processes = Annotated[int|None, typer.Option(min=1,
+    help="Processes that train together, one per GPU: -p num_processes N")]
 Recipes = Annotated[list[Path]|None, typer.Option("--file", "-f",
     help="A recipe: a YAML file of parameters; can be given several times")]
 
@@ -486,6 +488,7 @@ def run(
     parameters:Pairs=None,
     recipe:Recipes=None,
     name:Annotated[str, typer.Option(help="A word in the run's id")]="run",
+    processes:Processes=None,
     root:RootOption=RUNS,
     notebook:NotebookOption=NOTEBOOK,
 ):
@@ -495,6 +498,7 @@ def run(
             raise ValueError(f"Unknown words: {shlex.join(ctx.args)}. "
                 "Parameters are given as -p NAME VALUE, such as -p max_steps 100.")
         values, overridden = _merge_parameters(recipe or [], parameters or [])
+        if processes: values["num_processes"] = processes
         for line in overridden:
             typer.echo(line, err=True)
         folder, manifest = _start(values, name, root, notebook)
@@ -507,6 +511,7 @@ Run = Annotated[str, typer.Argument(
 @app.command("resume")
 def resume(
     name:Run,
+    processes:Processes=None,
     root:RootOption=RUNS,
     notebook:NotebookOption=NOTEBOOK,
 ):
@@ -522,8 +527,9 @@ def resume(
         if not first.given:
             raise ValueError(
                 f"The manifest of {first.id} has no given parameters: start a new run.")
-        _check_parameters(first.given, notebook)
-        done = _execute(folder, first.given, root, notebook)
+        given = first.given | ({"num_processes": processes} if processes else {})
+        _check_parameters(given, notebook)
+        done = _execute(folder, given, root, notebook)
     _print_outcome(done, folder, root, notebook)
 
 # %% ../nbs/90_cli.ipynb #5cd868cd
