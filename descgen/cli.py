@@ -360,9 +360,10 @@ def _check_parameters(values, notebook):
     from descgen.files import sha256_file
     from descgen.secrets import refuse_secrets
     from descgen.model import adapter_hash
-    from descgen.recipe import check_recipe, read_defaults, without_unused
+    from descgen.recipe import check_processes, check_recipe, read_defaults, without_unused
     refuse_secrets(values)
     recipe = check_recipe(read_defaults(notebook) | values)
+    if recipe.num_processes > 1: check_processes(recipe) # loads torch
     given = recipe.model_dump(exclude={"output_dir", "overwrite"})
     hashes = {"data_sha256": sha256_file(_check_data(recipe))}
     if recipe.adapter_path:

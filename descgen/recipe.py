@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PathText', 'Recipe', 'without_unused', 'read_defaults', 'check_recipe', 'parse_parameter', 'refuse_converted_text',
-           'read_recipe', 'needed_to_compile', 'check_trackers', 'divide_batch', 'device_count', 'resolve',
-           'compute_dtype']
+           'read_recipe', 'needed_to_compile', 'check_trackers', 'divide_batch', 'device_count', 'check_processes',
+           'resolve', 'compute_dtype']
 
 # %% ../nbs/40_recipe.ipynb #186e0061
 import ast, difflib, json, math, os, re
@@ -341,17 +341,21 @@ def check_trackers(
     return names
 
 # %% ../nbs/40_recipe.ipynb #8560c605
+def _around(values, n):
+    "The nearest value below `n` and the nearest above, as text"
+    below, above = [v for v in values if v < n], [v for v in values if v > n]
+    return " or ".join(str(v) for v in below[-1:] + above[:1])
+
 def _describe_indivisible(recipe, n):
     "Why a step cannot be divided among `n` processes, and the nearest values that can"
     batch, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
+    packs = batch*accumulation
     step = n//math.gcd(batch, n) # accumulation must be a multiple of it
-    below = accumulation//step*step
-    accumulations = " or ".join(str(a) for a in (below, below + step) if a)
-    numbers = [m for m in range(1, batch*accumulation + 1) if batch*accumulation % m == 0]
-    nearest = sorted(sorted(numbers, key=lambda m: abs(m - n))[:2])
-    return (f"num_processes={n}: the {batch*accumulation} packs of a step (per_device_train_batch_size={batch} × "
+    accumulations = _around(range(step, accumulation + step + 1, step), accumulation)
+    numbers = _around([m for m in range(1, packs + 1) if packs % m == 0], n)
+    return (f"num_processes={n}: the {packs} packs of a step (per_device_train_batch_size={batch} × "
             f"gradient_accumulation_steps={accumulation}) cannot be divided by {n}. Use "
-            f"gradient_accumulation_steps={accumulations}, or num_processes={' or '.join(map(str, nearest))}.")
+            f"gradient_accumulation_steps={accumulations}, or num_processes={numbers}.")
 
 # %% ../nbs/40_recipe.ipynb #26601911
 def divide_batch(
@@ -372,7 +376,9 @@ def device_count()->int: # GPUs; without a CUDA device, the processor's cores
     import torch
     return torch.cuda.device_count() if has_cuda() else os.cpu_count() or 1
 
-def _check_processes(recipe):
+def check_processes(
+    recipe:Recipe, # its batch, accumulation and number of processes
+):
     "ValueError if there are fewer devices than processes, or if a step cannot be divided among them"
     n, devices = recipe.num_processes, device_count()
     if n > devices:
@@ -397,7 +403,7 @@ def resolve(
     optim = _choose_optim(recipe.optim)
     bf16, fp16 = _choose_precision(recipe.bf16, recipe.fp16)
     check_trackers(recipe.report_to)
-    _check_processes(recipe)
+    check_processes(recipe)
     if recipe.adapter_path: read_adapter_config(recipe.adapter_path)
     data = {"data_path": str(source.path), "title_field": source.fields[0],
             "content_field": source.fields[1],
