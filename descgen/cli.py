@@ -200,17 +200,21 @@ def _continuable(output):
         raise typer.Exit(130)
 
 # %% ../nbs/90_cli.ipynb #9682676b
-def _generate(adapter, input, output, settings, sources, dtype, overwrite):
+def _generate(adapter, input, output, settings, options, processes):
     "Load the adapter and describe the input; progress goes to standard error"
     import contextlib
-    from descgen.batches import check_output, generate
+    from descgen.batches import check_output, generate, generate_in_processes
     from descgen.model import read_adapter_config
-    check_output(output, overwrite) # first: loading a model takes longer
+    from descgen.recipe import check_devices
+    check_output(output, options["overwrite"]) # first: loading a model takes longer
     read_adapter_config(adapter)
+    if processes > 1: check_devices(processes)
     with contextlib.redirect_stdout(sys.stderr), _continuable(output):
+        if processes > 1:
+            return generate_in_processes(processes, adapter, input, output, settings, **options)
         from descgen.describer import Describer
-        describer = Describer(adapter, "auto" if sources is None else sources, dtype=dtype)
-        return generate(describer, input, output, settings, overwrite=overwrite)
+        overwrite = options.pop("overwrite")
+        return generate(Describer(adapter, **options), input, output, settings, overwrite=overwrite)
 
 # %% ../nbs/90_cli.ipynb #899f7b08
 Output = Annotated[Path, typer.Option(help="The file to write: .jsonl, .csv, .tsv or .parquet")]
@@ -245,6 +249,7 @@ def generate(
     seed:Annotated[int, typer.Option(help="Of the random numbers")]=42, batch_size:BatchSize=32,
     verify:Verify=None, strict:Strict=False, sources:NSources=None, dtype:Dtype=None,
     title_field:TitleField="auto", content_field:ContentField="auto", encoding:Encoding="auto",
+    processes:Annotated[int, typer.Option(min=1, help="Processes that write, one per GPU")]=1,
     as_json:Annotated[bool, typer.Option("--json", help="Print numbers of rows as JSON")]=False,
 ):
     "Describe all titles of a file; the same command continues after an interruption"
@@ -253,7 +258,8 @@ def generate(
         settings = _batch_settings(greedy, n, verify=verify, max_new_tokens=max_new_tokens,
             temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size, fill=fill,
             strict=strict, title_field=title_field, content_field=content_field, encoding=encoding)
-        outcome = _generate(adapter, titles, output, settings, sources, dtype, overwrite)
+        options = {"sources": "auto" if sources is None else sources, "dtype": dtype, "overwrite": overwrite}
+        outcome = _generate(adapter, titles, output, settings, options, processes)
     from dataclasses import asdict
     shown = {**asdict(outcome), "output": str(outcome.output), "rejected": outcome.rejected}
     typer.echo(to_json(shown) if as_json else f"{outcome}\n{output}")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PathText', 'Recipe', 'without_unused', 'read_defaults', 'check_recipe', 'parse_parameter', 'refuse_converted_text',
-           'read_recipe', 'needed_to_compile', 'check_trackers', 'divide_batch', 'device_count', 'check_processes',
-           'resolve', 'compute_dtype']
+           'read_recipe', 'needed_to_compile', 'check_trackers', 'divide_batch', 'device_count', 'check_devices',
+           'check_processes', 'resolve', 'compute_dtype']
 
 # %% ../nbs/40_recipe.ipynb #186e0061
 import ast, difflib, json, math, os, re
@@ -376,16 +376,22 @@ def device_count()->int: # GPUs; without a CUDA device, the processor's cores
     import torch
     return torch.cuda.device_count() if has_cuda() else os.cpu_count() or 1
 
+def check_devices(
+    n:int, # number of processes
+):
+    "ValueError if this machine has fewer devices than processes"
+    devices = device_count()
+    if n <= devices: return
+    kind = "GPU" if has_cuda() else "core"
+    raise ValueError(f"num_processes={n}: this machine has {devices} {kind}{'s' if devices > 1 else ''}. "
+                     f"Use {devices} or fewer; for several machines see recipes/cluster.")
+
 def check_processes(
     recipe:Recipe, # its batch, accumulation and number of processes
 ):
     "ValueError if there are fewer devices than processes, or if a step cannot be divided among them"
-    n, devices = recipe.num_processes, device_count()
-    if n > devices:
-        kind = "GPU" if has_cuda() else "core"
-        raise ValueError(f"num_processes={n}: this machine has {devices} {kind}{'s' if devices > 1 else ''}. "
-                         f"Use num_processes={devices} or less; for several machines see recipes/cluster.")
-    divide_batch(recipe, n)
+    check_devices(recipe.num_processes)
+    divide_batch(recipe, recipe.num_processes)
 
 # %% ../nbs/40_recipe.ipynb #2ac56ffb
 def _choose_4bit(recipe):

@@ -75,12 +75,12 @@ def test_two_processes_train_what_one_trains(train_run, recipe, tmp_path):
     assert packs_of_steps(tmp_path/"2", step//2) == expected
 
 def test_disagreeing_process_is_named(train_run):
-    with pytest.raises(RuntimeError, match="Process 1 has another recipe or data than process 0: r 8 in process 1, 16"):
+    with pytest.raises(ChildProcessError, match="Process 1 has another recipe or data than process 0: r 8 in process 1, 16"):
         train_run(2, "disagree")
 
 def test_process_that_does_not_start_is_a_timeout(train_run):
     start = time.time()
-    with pytest.raises(RuntimeError, match="Not all of 2 processes started within 3 seconds"):
+    with pytest.raises(ChildProcessError, match="Not all of 2 processes started within 3 seconds"):
         train_run(2, "late", timeout=3)
     assert time.time() - start < 55
 
