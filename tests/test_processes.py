@@ -1,10 +1,10 @@
 """Two processes train what one trains; a process that disagrees, does not start or is killed ends the run with a message."""
-import json, time
+import json, socket, subprocess, sys, time
 from contextlib import suppress
 
 import psutil, pytest
 
-from conftest import NOTEBOOK, ROOT, start_descgen, write_recipe
+from conftest import NOTEBOOK, ROOT, environment, start_descgen, write_recipe
 from descgen.files import load_manifest
 
 pytestmark = pytest.mark.multi
@@ -117,3 +117,23 @@ def test_killed_process_ends_the_run_which_resumes(tmp_path, small):
     assert resumed.wait() == 0, resumed.stdout.read()[-2000:]
     manifest = load_manifest(folder)
     assert manifest["state"] == "finished" and manifest["resumed_from"].startswith("checkpoint-")
+
+def start_machine(number, port, recipe, log):
+    "Start one of two machines with one process each, which meet at a port of this machine"
+    options = ["--num_machines", 2, "--machine_rank", number, "--num_processes", 2, "--main_process_ip", "127.0.0.1",
+        "--main_process_port", port, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options, "-m", "descgen.processes", recipe]
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), stdout=log, stderr=log)
+
+def test_two_machines_train_one_recipe(tmp_path, small):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    recipe = write_recipe(tmp_path/"p.yaml", small | {"output_dir": str(tmp_path/"run"), "max_steps": 3})
+    with open(tmp_path/"log", "w") as log:
+        machines = [start_machine(number, port, recipe, log) for number in range(2)]
+        assert [machine.wait(120) for machine in machines] == [0, 0], (tmp_path/"log").read_text()[-2000:]
+    manifest = load_manifest(tmp_path/"run")
+    assert manifest["state"] == "finished" and len(values(manifest["history"], "loss")) == 3
+    assert (tmp_path/"run"/"adapter"/"adapter_model.safetensors").is_file()
+    assert (tmp_path/"log").read_text().count("training: 100%") == 1, "only process 0 shows the progress"
