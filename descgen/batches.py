@@ -653,6 +653,15 @@ def _write_output(output, partial, source, entries, settings):
     return reasons
 
 # %% ../nbs/80_batches.ipynb #4d0df973
+def _count_input(path, name, output, settings):
+    "How to read an input, and its numbers of rows and of rows to write; ValueError if it cannot be described"
+    source = _inspect_input(path, settings)
+    if settings.fill: _check_fill(source, output)
+    n_read, n_rows = _count_rows(source, settings)
+    if not n_read: raise ValueError(f"{name} contains no title.")
+    return source, n_read, n_rows
+
+# %% ../nbs/80_batches.ipynb #145ae0ce
 def generate_steps(
     describer, # a `Describer`
     input:str|Path|list[str], # a file of titles, "-" for standard input, or titles
@@ -666,11 +675,8 @@ def generate_steps(
     output, paths = Path(output), output_paths(output)
     check_output(output, overwrite)
     with _exclusive(paths["partial"]), _as_file(input) as (path, name):
-        source = _inspect_input(path, settings)
-        if settings.fill: _check_fill(source, output)
+        source, n_read, n_rows = _count_input(path, name, output, settings)
         entries = json.loads(to_json(_settings_entries(describer, path, name, settings)))
-        n_read, n_rows = _count_rows(source, settings)
-        if not n_read: raise ValueError(f"{name} contains no title.")
         partial = _open_partial(paths["partial"], entries, overwrite)
         for finished in _write_missing(source, partial, describer, settings, batches_per_step):
             yield finished, n_rows
@@ -708,7 +714,7 @@ def _write_share(folder):
     from descgen.describer import Describer
     job, state = json.loads((folder/"job.json").read_text(encoding="utf-8")), join_processes()
     settings = BatchSettings(**job["settings"] | {"sampling": Sampling(**job["settings"]["sampling"])})
-    describer = Describer(job["adapter"], job["sources"], dtype=job["dtype"])
+    describer = Describer(job["adapter"], **job["options"])
     source, rank, n = _inspect_input(Path(job["path"]), settings), state.process_index, state.num_processes
     entries = _settings_entries(describer, source.path, job["input"], settings) | {"processes": n}
     entries = json.loads(to_json(entries))
@@ -736,6 +742,16 @@ def _begin_job(folder, path, name, settings, job):
     job = job | {"path": str(path.resolve()), "input": name, "settings": asdict(settings)}
     write_text(folder/"job.json", to_json(job))
 
+# %% ../nbs/80_batches.ipynb #c81418f3
+def _finish_job(n, paths, source, settings):
+    "Write the output from the partial files of all processes; numbers of described rows, and reasons of rejected ones"
+    parts = [paths["processes"]/f"part-{rank}.jsonl" for rank in range(n)]
+    partial, entries = _merge_parts(parts, paths["partial"])
+    reasons = _write_output(paths["output"], partial, source, entries, settings)
+    shutil.rmtree(paths["processes"])
+    return partial.rows, reasons
+
+# %% ../nbs/80_batches.ipynb #4df7e493
 def generate_in_processes(
     n:int, # number of processes
     adapter:str|Path, # the adapter's folder
@@ -743,28 +759,21 @@ def generate_in_processes(
     output:str|Path, # as for `generate`
     settings:BatchSettings=BatchSettings(), # what is written for each title
     *,
-    sources:int|str="auto", # as for `Describer`
-    dtype:str|None=None, # as for `Describer`
     overwrite:bool=False, # replace an output that exists
+    **options, # `sources` and `dtype` of `Describer`
 )->Outcome:
     "Describe all titles of a file in several processes; the same call continues after an interruption"
-    output, paths = Path(output), output_paths(output)
     check_output(output, overwrite)
+    paths = output_paths(output) | {"output": Path(output)}
     if paths["partial"].exists():
         raise ValueError(f"{paths['partial']} was begun by one process: continue it with one, or remove it.")
-    job = {"adapter": str(adapter), "sources": sources, "dtype": dtype, "overwrite": overwrite}
+    job = {"adapter": str(adapter), "options": options, "overwrite": overwrite}
     with _exclusive(paths["partial"]), _as_file(input) as (path, name):
-        source = _inspect_input(path, settings)
-        if settings.fill: _check_fill(source, output)
-        n_read, _ = _count_rows(source, settings)
-        if not n_read: raise ValueError(f"{name} contains no title.")
+        source, n_read, _ = _count_input(path, name, output, settings)
         _begin_job(paths["processes"], path, name, settings, job)
         run_processes(n, paths["processes"], ["descgen.batches", paths["processes"]])
-        parts = [paths["processes"]/f"part-{rank}.jsonl" for rank in range(n)]
-        partial, entries = _merge_parts(parts, paths["partial"])
-        reasons = _write_output(output, partial, source, entries, settings)
-        shutil.rmtree(paths["processes"])
-    return Outcome(output, n_read, partial.rows, n_read - partial.rows - sum(reasons.values()), reasons)
+        described, reasons = _finish_job(n, paths, source, settings)
+    return Outcome(paths["output"], n_read, described, n_read - described - sum(reasons.values()), reasons)
 
 # %% ../nbs/80_batches.ipynb #b6fa0903
 if __name__ == "__main__" and "__file__" in globals(): # not in a notebook

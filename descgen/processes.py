@@ -35,6 +35,7 @@ def _join_problem(error, timeout):
     return (f"Not all of {number} processes started within {timeout:g} seconds. Look into their logs, and "
             f"whether all machines reach {os.environ.get('MASTER_ADDR')}:{port}.")
 
+# %% ../nbs/46_processes.ipynb #p4600010
 def join_processes(
     timeout:float=600, # seconds to wait for the others, now and in each later step
 ): # accelerate's `PartialState`
@@ -51,7 +52,7 @@ def join_processes(
         raise RuntimeError(_join_problem(e, timeout)) from e
     return state
 
-# %% ../nbs/46_processes.ipynb #p4600014
+# %% ../nbs/46_processes.ipynb #p4600015
 def _disagreements(fingerprints):
     "A sentence for each process whose fingerprint is not that of process 0"
     first, *others = fingerprints
@@ -67,7 +68,7 @@ def check_agreement(
     if problems := _disagreements(gather_object([fingerprint])):
         raise ValueError(" ".join(problems))
 
-# %% ../nbs/46_processes.ipynb #p4600018
+# %% ../nbs/46_processes.ipynb #p4600019
 def _load_data_once(state, recipe):
     "The data of a recipe, and its sources; one process of each machine prepares them"
     with state.local_main_process_first():
@@ -88,7 +89,7 @@ def _encode_test_rows(data, tokenizer, parts, recipe, grounding):
     if grounding: rows = grounding.test_rows(rows)
     return encode_rows(rows, tokenizer, parts, recipe.max_length, "completion")[0]
 
-# %% ../nbs/46_processes.ipynb #p4600019
+# %% ../nbs/46_processes.ipynb #p4600020
 def _train_share(state, recipe, data, grounding, resume_from, callbacks=()):
     "Train as one of several processes; model, tokenizer, packs and log"
     model, tokenizer = _load_model_with_adapter(recipe)
@@ -100,7 +101,7 @@ def _train_share(state, recipe, data, grounding, resume_from, callbacks=()):
     state.wait_for_everyone()
     return model, tokenizer, packs, history
 
-# %% ../nbs/46_processes.ipynb #p4600021
+# %% ../nbs/46_processes.ipynb #p4600022
 _FOLDER = ".processes" # in the output folder
 
 def _train_job(folder, timeout, callbacks=()):
@@ -116,7 +117,7 @@ def _train_job(folder, timeout, callbacks=()):
     result = {"history": history, "rejected": packs.rejected, "left_out": packs.left_out}
     write_text(folder/_FOLDER/"result.json", to_json(result))
 
-# %% ../nbs/46_processes.ipynb #p4600023
+# %% ../nbs/46_processes.ipynb #p4600024
 @contextmanager
 def own_log(
     folder:Path, # for the logs
@@ -134,7 +135,7 @@ def own_log(
         write_text(folder/_FOLDER/f"error-{rank}.txt", f"{type(e).__name__}: {e}")
         sys.exit(1)
 
-# %% ../nbs/46_processes.ipynb #p4600025
+# %% ../nbs/46_processes.ipynb #p4600026
 def launch_command(
     n:int, # number of processes on this machine
     words:list, # a module and its arguments
@@ -155,7 +156,7 @@ def _follow(process, log):
         print(text.decode("utf-8", "replace"), end="", flush=True)
     return process.wait()
 
-# %% ../nbs/46_processes.ipynb #p4600027
+# %% ../nbs/46_processes.ipynb #p4600028
 def _environment(n):
     "The environment of the processes: on a CPU they share its cores"
     threads = {} if has_cuda() else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1)//n))}
@@ -174,7 +175,7 @@ def _run_command(command, log_path, n):
             process.kill()
             process.stdout.close()
 
-# %% ../nbs/46_processes.ipynb #p4600030
+# %% ../nbs/46_processes.ipynb #p4600031
 def _first_failure(report):
     "Rank and exit status of the process that failed first; (None, None) if the launcher itself failed"
     found = re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", report)
@@ -194,7 +195,7 @@ def _failure_text(folder, n, report):
     return (f"Process {rank} of {n} (counted from 0) {why}. The others were stopped. Its log is {log}. "
             "The same command continues what it has begun.")
 
-# %% ../nbs/46_processes.ipynb #p4600032
+# %% ../nbs/46_processes.ipynb #p4600033
 def run_processes(
     n:int, # number of processes
     folder:Path, # for their logs
@@ -208,7 +209,7 @@ def run_processes(
         report = log.read_bytes()[before:].decode("utf-8", "replace")
         raise ChildProcessError(_failure_text(folder, n, report))
 
-# %% ../nbs/46_processes.ipynb #p4600033
+# %% ../nbs/46_processes.ipynb #p4600034
 def train_in_processes(
     model, # with its adapter, which gets the trained weights
     packs, # `Packs` of the same recipe, which get the rejected rows
@@ -230,7 +231,7 @@ def train_in_processes(
     shutil.rmtree(folder/_FOLDER)
     return result["history"]
 
-# %% ../nbs/46_processes.ipynb #p4600035
+# %% ../nbs/46_processes.ipynb #p4600036
 def _begin(state, given, recipe, file_key):
     "Take the output folder in the main process; all get the checkpoint to resume from"
     from accelerate.utils import broadcast_object_list
@@ -250,7 +251,7 @@ def _catalogue(data, grounding):
     contents = data.train.select(range(min(200, len(data.train))))["content"]
     return Grounding(language=detect_language(contents))
 
-# %% ../nbs/46_processes.ipynb #p4600036
+# %% ../nbs/46_processes.ipynb #p4600037
 def train_recipe(
     values:dict, # parameters that differ from the notebook's defaults
     notebook:str|Path="fine_tune_llama3.ipynb", # has the defaults
@@ -270,7 +271,7 @@ def train_recipe(
                         adapter_sha256=sha256_file(adapter/"adapter_model.safetensors"))
     return folder
 
-# %% ../nbs/46_processes.ipynb #p4600037
+# %% ../nbs/46_processes.ipynb #p4600038
 def main(
     words:list[str], # the folder of a run of the notebook and a timeout; or recipe files
 ):

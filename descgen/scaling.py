@@ -44,6 +44,13 @@ BATCH_SECONDS = 0.2 # least time of a batch: 4 packs took 0.205 s and 8 packs 0.
 # %% ../nbs/47_scaling.ipynb #p4700016
 MESSAGE_SECONDS = 1e-5 # time of a message between two cards of a machine, whatever its size
 
+def _batch_seconds(config, recipe, card, share):
+    "Seconds of a batch: for its operations, for reading the weights three times, or for starting the kernels"
+    body, embeddings, _ = parameter_counts(config, recipe.r, recipe.target_modules)
+    operations = recipe.per_device_train_batch_size*recipe.max_length*operations_per_token(config, recipe)
+    read = 3*2*(body + embeddings) # bytes: 16 bits, forward, recomputed or not, and backward
+    return max(operations/(share*card.tflops*1e12), read/(card.memory_gbs*1e9), BATCH_SECONDS)
+
 def compute_seconds(
     config, # the model's configuration
     recipe:Recipe, # full packs are assumed
@@ -53,10 +60,9 @@ def compute_seconds(
 )->float:
     "Seconds of one card for its share of a step"
     own = divide_batch(recipe, n)
-    tokens = own.per_device_train_batch_size*recipe.max_length
-    batch = tokens*operations_per_token(config, recipe)/(share*card.tflops*1e12)
-    return own.gradient_accumulation_steps*max(batch, BATCH_SECONDS)
+    return own.gradient_accumulation_steps*_batch_seconds(config, own, card, share)
 
+# %% ../nbs/47_scaling.ipynb #p4700017
 def gradient_seconds(
     config, # the model's configuration
     recipe:Recipe, # its rank and targets
@@ -68,7 +74,7 @@ def gradient_seconds(
     sent = 2*(n - 1)/n*4*adapter
     return sent/(card.link_gbs*1e9) + 2*(n - 1)*MESSAGE_SECONDS
 
-# %% ../nbs/47_scaling.ipynb #p4700024
+# %% ../nbs/47_scaling.ipynb #p4700026
 @dataclass(frozen=True)
 class Estimate:
     "Training on rows of a catalogue"

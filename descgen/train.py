@@ -33,14 +33,13 @@ def _progress_callback(recipe, token_counts, test_loss):
         def on_train_begin(self, args, state, control, **kw):
             "Open the bar"
             self.first_step, self.start = state.global_step, time.time()
-            self.processes = process_state().num_processes
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training",
                 mininterval=2, miniters=max(1, state.max_steps//100), file=sys.stdout)
         def on_log(self, args, state, control, logs=None, **kw):
             "Show loss and speed"
             if "loss" not in (logs or {}): return
-            packs = (state.global_step - self.first_step)*effective_batch(recipe)//self.processes
-            tokens = self.processes*sum(token_counts[:packs]) # about: the others have other packs
+            n, steps = process_state().num_processes, state.global_step - self.first_step
+            tokens = n*sum(token_counts[:steps*effective_batch(recipe)//n]) # about: others have other packs
             speed = tokens/(time.time() - self.start - test_loss.seconds)
             self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s", refresh=False)
         def on_step_end(self, args, state, control, **kw):
@@ -195,7 +194,7 @@ def _pack_dataset(packs, total, multiple=1):
     filled = math.ceil(total/multiple)*multiple
     return Dataset.from_dict({"pack": range(filled)}).with_transform(look_up)
 
-# %% ../nbs/44_train.ipynb #d8d4c008
+# %% ../nbs/44_train.ipynb #2fa59de4
 def _process_share(recipe, packs):
     "The recipe with the batch of one process, and the dataset of all of them"
     n = process_state().num_processes
@@ -203,6 +202,7 @@ def _process_share(recipe, packs):
     multiple = n*share.per_device_train_batch_size if n > 1 else 1
     return share, _pack_dataset(packs, total_packs(recipe, packs), multiple)
 
+# %% ../nbs/44_train.ipynb #d8d4c008
 def _make_trainer(model, tokenizer, packs, recipe, test_examples, callbacks):
     "TRL's trainer with its data and callbacks"
     from transformers import PrinterCallback
