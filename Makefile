@@ -19,7 +19,7 @@ NAME   := $(if $(CUDA),gpu,cpu)
 RUN    := outputs/runs/latest
 ARGS   ?=
 
-.PHONY: run test test-slow test-long test-browser processors sync pages readme lab
+.PHONY: run test test-slow test-long test-multi test-browser processors sync pages readme lab
 
 # Each run has a folder of its own in outputs/runs; `latest` is the one that finished last.
 run: $(READY)
@@ -29,7 +29,7 @@ run: $(READY)
 
 test: $(READY)
 	@$(ENTER) nbdev_test --timing
-	@$(ENTER) python -m pytest -q -m 'not slow and not long and not browser' tests
+	@$(ENTER) python -m pytest -q -m 'not slow and not long and not browser and not multi' tests
 	@$(MAKE) --no-print-directory sync
 
 # Tests that take minutes, two files at a time; those of a real run look at the one that `make run` made last.
@@ -39,6 +39,10 @@ test-slow: $(READY)
 # Exports that take several minutes more, and more memory.
 test-long: $(READY)
 	@$(ENTER) python -m pytest -v -m long tests
+
+# Trainings in two processes, each with a core of its own.
+test-multi: $(READY)
+	@$(ENTER) OMP_NUM_THREADS=1 python -m pytest -v -m multi tests
 
 # The page in Chromium. Where there is none, the tests are skipped, and the last lines say why.
 test-browser: $(READY)

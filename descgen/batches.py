@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'BATCHES_PER_LINE', 'KINDS', 'GENERATED', 'BatchSettings', 'Row', 'output_kind', 'Outcome', 'output_paths',
-           'check_output', 'generate_steps', 'generate']
+           'check_output', 'generate_steps', 'generate', 'generate_in_processes']
 
 # %% ../nbs/80_batches.ipynb #e0f30d25
-import csv, json, os, platform, shutil, sys
+import csv, heapq, json, os, platform, shutil, sys
 from collections import Counter
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +24,7 @@ from descgen.data import (choose_encoding, inspect_file, open_parquet, read_reco
 from .files import flush_to_disk, sha256_file, to_json, write_text
 from .inference import Sampling
 from .json_lines import object_to_row, read_blocks, rejection
+from .processes import check_agreement, join_processes, own_log, run_processes
 
 # %% ../nbs/80_batches.ipynb #568f2563
 @dataclass(frozen=True)
@@ -346,11 +347,12 @@ def _count_rows(source, settings):
     states = Counter(row.state for row in _read_rows(source, settings.fill))
     return states.total(), states["write"]
 
-def _write_missing(source, partial, describer, settings, batches):
-    "Write all rows that have no results; yields how many have after each line"
+def _write_missing(source, partial, describer, settings, batches, process=0, processes=1):
+    "Write all rows of a process that have no results; yields how many have after each line"
     yield partial.rows
     for number, window in enumerate(_windows(_read_rows(source, settings.fill), WINDOW)):
         if number < partial.window: continue
+        window = [row for row in window if row.number % processes == process]
         for _ in _write_window(number, window, partial, describer, settings, batches):
             yield partial.rows
 
@@ -364,7 +366,8 @@ def _finished_windows(path):
         for entry in entries:
             results += entry["results"]
             rejected += entry["rejected"]
-        yield sorted(results, key=lambda result: result["number"]), rejected
+        by_number = {"key": lambda found: found["number"]}
+        yield sorted(results, **by_number), sorted(rejected, **by_number)
 
 def _output_rows(path, alternatives):
     "The rows of an output: one per text"
@@ -566,12 +569,13 @@ class Outcome:
 # %% ../nbs/80_batches.ipynb #8fa99f7e
 def output_paths(
     output:str|Path, # the file of the texts
-)->dict[str, Path]: # `settings`, `rejected` and `partial`
+)->dict[str, Path]: # `settings`, `rejected`, `partial` and `processes`
     "The files beside an output"
     output = Path(output)
     return {"settings": output.with_suffix(".settings.json"),
             "rejected": output.with_suffix(".rejected.jsonl"),
-            "partial": output.with_name(f"{output.name}.part")}
+            "partial": output.with_name(f"{output.name}.part"),
+            "processes": output.with_name(f"{output.name}.processes")}
 
 def check_output(
     output:str|Path, # the file of the texts
@@ -649,6 +653,15 @@ def _write_output(output, partial, source, entries, settings):
     return reasons
 
 # %% ../nbs/80_batches.ipynb #4d0df973
+def _count_input(path, name, output, settings):
+    "How to read an input, and its numbers of rows and of rows to write; ValueError if it cannot be described"
+    source = _inspect_input(path, settings)
+    if settings.fill: _check_fill(source, output)
+    n_read, n_rows = _count_rows(source, settings)
+    if not n_read: raise ValueError(f"{name} contains no title.")
+    return source, n_read, n_rows
+
+# %% ../nbs/80_batches.ipynb #145ae0ce
 def generate_steps(
     describer, # a `Describer`
     input:str|Path|list[str], # a file of titles, "-" for standard input, or titles
@@ -662,11 +675,8 @@ def generate_steps(
     output, paths = Path(output), output_paths(output)
     check_output(output, overwrite)
     with _exclusive(paths["partial"]), _as_file(input) as (path, name):
-        source = _inspect_input(path, settings)
-        if settings.fill: _check_fill(source, output)
+        source, n_read, n_rows = _count_input(path, name, output, settings)
         entries = json.loads(to_json(_settings_entries(describer, path, name, settings)))
-        n_read, n_rows = _count_rows(source, settings)
-        if not n_read: raise ValueError(f"{name} contains no title.")
         partial = _open_partial(paths["partial"], entries, overwrite)
         for finished in _write_missing(source, partial, describer, settings, batches_per_step):
             yield finished, n_rows
@@ -696,3 +706,75 @@ def generate(
                     bar.update(next(steps)[0] - bar.n)
             except StopIteration as end:
                 return end.value
+
+# %% ../nbs/80_batches.ipynb #2c092ad7
+def _write_share(folder):
+    "Write the rows of this process into its partial file"
+    from tqdm import tqdm
+    from descgen.describer import Describer
+    job, state = json.loads((folder/"job.json").read_text(encoding="utf-8")), join_processes()
+    settings = BatchSettings(**job["settings"] | {"sampling": Sampling(**job["settings"]["sampling"])})
+    describer = Describer(job["adapter"], **job["options"])
+    source, rank, n = _inspect_input(Path(job["path"]), settings), state.process_index, state.num_processes
+    entries = _settings_entries(describer, source.path, job["input"], settings) | {"processes": n}
+    entries = json.loads(to_json(entries))
+    check_agreement(_flatten(entries))
+    partial = _open_partial(folder/f"part-{rank}.jsonl", entries, job["overwrite"])
+    total = -(-_count_rows(source, settings)[1]//n)
+    with tqdm(total=total, desc="describing (first process)", unit="title", delay=2, disable=rank > 0) as bar:
+        for finished in _write_missing(source, partial, describer, settings, None, rank, n):
+            bar.update(finished - bar.n)
+
+# %% ../nbs/80_batches.ipynb #b2e16f0b
+def _merge_parts(parts, path):
+    "One partial file of the partial files of several processes, and their settings"
+    lines = [_complete_lines(part) for part in parts]
+    entries = [next(own)[0]["settings"] for own in lines][0]
+    partial = _begin(path, entries)
+    for entry, _ in heapq.merge(*lines, key=lambda line: line[0]["window"]):
+        _append(partial, entry)
+    return partial, entries
+
+# %% ../nbs/80_batches.ipynb #2f952a26
+def _begin_job(folder, path, name, settings, job):
+    "Write what the processes have to do"
+    folder.mkdir(exist_ok=True)
+    job = job | {"path": str(path.resolve()), "input": name, "settings": asdict(settings)}
+    write_text(folder/"job.json", to_json(job))
+
+# %% ../nbs/80_batches.ipynb #c81418f3
+def _finish_job(n, paths, source, settings):
+    "Write the output from the partial files of all processes; numbers of described rows, and reasons of rejected ones"
+    parts = [paths["processes"]/f"part-{rank}.jsonl" for rank in range(n)]
+    partial, entries = _merge_parts(parts, paths["partial"])
+    reasons = _write_output(paths["output"], partial, source, entries, settings)
+    shutil.rmtree(paths["processes"])
+    return partial.rows, reasons
+
+# %% ../nbs/80_batches.ipynb #4df7e493
+def generate_in_processes(
+    n:int, # number of processes
+    adapter:str|Path, # the adapter's folder
+    input:str|Path|list[str], # as for `generate`
+    output:str|Path, # as for `generate`
+    settings:BatchSettings=BatchSettings(), # what is written for each title
+    *,
+    overwrite:bool=False, # replace an output that exists
+    **options, # `sources` and `dtype` of `Describer`
+)->Outcome:
+    "Describe all titles of a file in several processes; the same call continues after an interruption"
+    check_output(output, overwrite)
+    paths = output_paths(output) | {"output": Path(output)}
+    if paths["partial"].exists():
+        raise ValueError(f"{paths['partial']} was begun by one process: continue it with one, or remove it.")
+    job = {"adapter": str(adapter), "options": options, "overwrite": overwrite}
+    with _exclusive(paths["partial"]), _as_file(input) as (path, name):
+        source, n_read, _ = _count_input(path, name, output, settings)
+        _begin_job(paths["processes"], path, name, settings, job)
+        run_processes(n, paths["processes"], ["descgen.batches", paths["processes"]])
+        described, reasons = _finish_job(n, paths, source, settings)
+    return Outcome(paths["output"], n_read, described, n_read - described - sum(reasons.values()), reasons)
+
+# %% ../nbs/80_batches.ipynb #b6fa0903
+if __name__ == "__main__" and "__file__" in globals(): # not in a notebook
+    with own_log(Path(sys.argv[1])): _write_share(Path(sys.argv[1]))

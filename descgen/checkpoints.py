@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INITIAL_WEIGHTS', 'BEST_WEIGHTS', 'run_fingerprint', 'checkpoint_step', 'list_checkpoints', 'reproducibility',
-           'prepare_output_dir', 'check_base_model', 'licence_of', 'save_adapter']
+           'describe_differences', 'prepare_output_dir', 'check_base_model', 'licence_of', 'save_adapter']
 
 # %% ../nbs/43_checkpoints.ipynb #466ade99
 import json, shutil
@@ -22,12 +22,13 @@ from .recipe import Recipe, without_unused
 from . import __version__
 
 # %% ../nbs/43_checkpoints.ipynb #b05da9b2
-# These parameters do not change the weights; `compile` changes only how they are rounded. Of the data file and the
-# first adapter the content counts, not the path.
+# These parameters do not change the weights; `compile` changes only how they are rounded, `num_processes` also
+# which inputs dropout drops. Of the data file and the first adapter the content counts, not the path.
 _NOT_IN_FINGERPRINT = {
     "output_dir", "overwrite", "data_path", "strict",
     "eval_rows", "logging_steps", "eval_steps", "save_steps",
-    "n_titles", "title", "max_new_tokens", "temperature", "top_p", "report_to", "adapter_path", "compile"}
+    "n_titles", "title", "max_new_tokens", "temperature", "top_p", "report_to", "adapter_path", "compile",
+    "num_processes"}
 # they change the adapter if it is chosen by the test loss
 _MEASUREMENT_PARAMETERS = {"eval_rows", "eval_steps"}
 
@@ -79,10 +80,15 @@ def reproducibility()->str: # "exact" or "approximate"
     return "approximate" if has_cuda() else "exact" # GPU kernels may add in another order each time
 
 # %% ../nbs/43_checkpoints.ipynb #5c98f14b
-def _describe_differences(theirs, mine):
+def describe_differences(
+    theirs:dict, # names and values
+    mine:dict, # the same of another run or process
+    there:str="there", # where the first one is
+    here:str="here", # where the second one is
+)->list[str]:
     "One phrase for each value that differs between two fingerprints"
     keys = {**theirs, **mine}
-    return [f"{k} {theirs.get(k)!r} there, {mine.get(k)!r} here"
+    return [f"{k} {theirs.get(k)!r} {there}, {mine.get(k)!r} {here}"
             for k in keys if theirs.get(k) != mine.get(k)]
 
 def _resumable_checkpoint(checkpoints):
@@ -117,7 +123,7 @@ def prepare_output_dir(
     "Prepare `output_dir` for this run; FileExistsError if it holds another run and `overwrite` is not set"
     folder, manifest = Path(recipe.output_dir), load_manifest(recipe.output_dir)
     mine, theirs = run_fingerprint(recipe, file_key), manifest.get("fingerprint", {})
-    differences = _describe_differences(theirs, mine)
+    differences = describe_differences(theirs, mine)
     if not recipe.overwrite:
         _refuse_other_run(folder, differences, theirs)
     resumes = not differences and manifest.get("state") in ("running", "failed", "interrupted")

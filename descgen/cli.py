@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'RootOption', 'NotebookOption', 'NOTEBOOK', 'TitleField', 'ContentField', 'Encoding', 'Output',
            'Input', 'Titles', 'Fill', 'Greedy', 'BatchSize', 'Verify', 'Strict', 'NSources', 'Engine', 'Dtype', 'Pairs',
-           'Recipes', 'Run', 'check', 'evaluate', 'export', 'generate', 'serve', 'open_app', 'run', 'resume', 'runs',
-           'sweep', 'diff', 'repeat']
+           'Processes', 'Recipes', 'Run', 'check', 'evaluate', 'export', 'generate', 'serve', 'open_app', 'run',
+           'resume', 'runs', 'sweep', 'diff', 'repeat']
 
 # %% ../nbs/90_cli.ipynb #ecbab937
 import json, shlex, sys
@@ -202,23 +202,30 @@ def _continuable(output):
         raise typer.Exit(130)
 
 # %% ../nbs/90_cli.ipynb #9682676b
-def _open_describer(adapter, engine, sources, dtype):
+def _open_describer(adapter, engine, options):
     "What writes the texts"
     if engine == "descgen":
         from descgen.describer import Describer
-        return Describer(adapter, sources, dtype=dtype)
+        return Describer(adapter, **options)
     from descgen.vllm import vllm_describer
-    return vllm_describer(adapter, sources, **({"dtype": dtype} if dtype else {}))
+    return vllm_describer(adapter, **{name: value for name, value in options.items() if value is not None})
 
-def _generate(adapter, input, output, settings, engine, sources, dtype, overwrite):
+def _generate(adapter, input, output, settings, engine, options, processes):
     "Load the adapter and describe the input; progress goes to standard error"
     import contextlib
-    from descgen.batches import check_output, generate
+    from descgen.batches import check_output, generate, generate_in_processes
     from descgen.model import read_adapter_config
-    check_output(output, overwrite) # first: loading a model takes longer
+    from descgen.recipe import check_devices
+    check_output(output, options["overwrite"]) # first: loading a model takes longer
     read_adapter_config(adapter)
+    if processes > 1: check_devices(processes)
+    if processes > 1 and engine != "descgen":
+        raise ValueError(f"--engine {engine} writes in one process. Leave --processes out.")
     with contextlib.redirect_stdout(sys.stderr), _continuable(output):
-        describer = _open_describer(adapter, engine, "auto" if sources is None else sources, dtype)
+        if processes > 1:
+            return generate_in_processes(processes, adapter, input, output, settings, **options)
+        overwrite = options.pop("overwrite")
+        describer = _open_describer(adapter, engine, options)
         return generate(describer, input, output, settings, overwrite=overwrite)
 
 # %% ../nbs/90_cli.ipynb #899f7b08
@@ -256,6 +263,7 @@ def generate(
     verify:Verify=None, strict:Strict=False, sources:NSources=None, dtype:Dtype=None,
     engine:Engine="descgen",
     title_field:TitleField="auto", content_field:ContentField="auto", encoding:Encoding="auto",
+    processes:Annotated[int, typer.Option(min=1, help="Processes that write, one per GPU")]=1,
     as_json:Annotated[bool, typer.Option("--json", help="Print numbers of rows as JSON")]=False,
 ):
     "Describe all titles of a file; the same command continues after an interruption"
@@ -264,7 +272,8 @@ def generate(
         settings = _batch_settings(greedy, n, verify=verify, max_new_tokens=max_new_tokens,
             temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size, fill=fill,
             strict=strict, title_field=title_field, content_field=content_field, encoding=encoding)
-        outcome = _generate(adapter, titles, output, settings, engine, sources, dtype, overwrite)
+        options = {"sources": "auto" if sources is None else sources, "dtype": dtype, "overwrite": overwrite}
+        outcome = _generate(adapter, titles, output, settings, engine, options, processes)
     from dataclasses import asdict
     shown = {**asdict(outcome), "output": str(outcome.output), "rejected": outcome.rejected}
     typer.echo(to_json(shown) if as_json else f"{outcome}\n{output}")
@@ -371,9 +380,10 @@ def _check_parameters(values, notebook):
     from descgen.files import sha256_file
     from descgen.secrets import refuse_secrets
     from descgen.model import adapter_hash
-    from descgen.recipe import check_recipe, read_defaults, without_unused
+    from descgen.recipe import check_processes, check_recipe, read_defaults, without_unused
     refuse_secrets(values)
     recipe = check_recipe(read_defaults(notebook) | values)
+    if recipe.num_processes > 1: check_processes(recipe) # loads torch
     given = recipe.model_dump(exclude={"output_dir", "overwrite"})
     hashes = {"data_sha256": sha256_file(_check_data(recipe))}
     if recipe.adapter_path:
@@ -486,6 +496,8 @@ def _keep_word(word): return word # Typer would make one text of the two words
 Pairs = Annotated[list[str]|None, typer.Option("--parameters", "-p",
     parser=_keep_word, metavar="NAME VALUE",
     help="A parameter of the notebook and its value: -p max_steps 100 -p title \"Red Mug\"")]
+Processes = Annotated[int|None, typer.Option(min=1,
+    help="Processes that train together, one per GPU: -p num_processes N")]
 Recipes = Annotated[list[Path]|None, typer.Option("--file", "-f",
     help="A recipe: a YAML file of parameters; can be given several times")]
 
@@ -497,6 +509,7 @@ def run(
     parameters:Pairs=None,
     recipe:Recipes=None,
     name:Annotated[str, typer.Option(help="A word in the run's id")]="run",
+    processes:Processes=None,
     root:RootOption=RUNS,
     notebook:NotebookOption=NOTEBOOK,
 ):
@@ -506,6 +519,7 @@ def run(
             raise ValueError(f"Unknown words: {shlex.join(ctx.args)}. "
                 "Parameters are given as -p NAME VALUE, such as -p max_steps 100.")
         values, overridden = _merge_parameters(recipe or [], parameters or [])
+        if processes: values["num_processes"] = processes
         for line in overridden:
             typer.echo(line, err=True)
         folder, manifest = _start(values, name, root, notebook)
@@ -518,6 +532,7 @@ Run = Annotated[str, typer.Argument(
 @app.command("resume")
 def resume(
     name:Run,
+    processes:Processes=None,
     root:RootOption=RUNS,
     notebook:NotebookOption=NOTEBOOK,
 ):
@@ -533,8 +548,9 @@ def resume(
         if not first.given:
             raise ValueError(
                 f"The manifest of {first.id} has no given parameters: start a new run.")
-        _check_parameters(first.given, notebook)
-        done = _execute(folder, first.given, root, notebook)
+        given = first.given | ({"num_processes": processes} if processes else {})
+        _check_parameters(given, notebook)
+        done = _execute(folder, given, root, notebook)
     _print_outcome(done, folder, root, notebook)
 
 # %% ../nbs/90_cli.ipynb #5cd868cd

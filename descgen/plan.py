@@ -11,7 +11,7 @@ import math, sys, time
 from dataclasses import asdict, dataclass
 
 from .model import TARGETS, has_cuda
-from .recipe import Recipe, compute_dtype
+from .recipe import Recipe, compute_dtype, divide_batch
 from .losses import autocast_context, collate
 
 # %% ../nbs/42_plan.ipynb #a85a8e05
@@ -25,8 +25,8 @@ class Plan:
     examples: int # in these packs, each a title with its content (estimate)
     epochs: float # how often each row is read
     tokens: int # in these packs (estimate)
-    tokens_per_second: int # measured on one pack
-    memory_gb: float # peak (estimate)
+    tokens_per_second: int # measured on one pack, times the number of GPUs
+    memory_gb: float # peak of one process (estimate)
     training_minutes: float # estimate
     evaluation_minutes: float|None = None # estimate, from `estimate_evaluation`
     total_minutes: float|None = None # estimate, evaluation and loading included
@@ -206,6 +206,7 @@ def make_plan(
     examples = total*sum(p["position_ids"].count(0) for p in sample)/len(sample)
     longest = max(sample, key=lambda p: len(p["input_ids"]))
     speed = probe_speed(model, longest, recipe)
+    if has_cuda(): speed *= recipe.num_processes # each has a GPU; on a CPU they share its cores
     return Plan(
         rows=len(packs.rows),
         effective_batch=effective_batch(recipe),
@@ -215,7 +216,7 @@ def make_plan(
         epochs=round(examples/len(packs.rows), 2),
         tokens=round(tokens),
         tokens_per_second=round(speed),
-        memory_gb=round(estimate_memory(model.config, recipe), 1),
+        memory_gb=round(estimate_memory(model.config, divide_batch(recipe, recipe.num_processes)), 1),
         training_minutes=round(tokens/speed/60, 1))
 
 # %% ../nbs/42_plan.ipynb #23d97457

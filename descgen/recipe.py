@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PathText', 'Recipe', 'without_unused', 'read_defaults', 'check_recipe', 'parse_parameter', 'refuse_converted_text',
-           'read_recipe', 'needed_to_compile', 'check_trackers', 'resolve', 'compute_dtype']
+           'read_recipe', 'needed_to_compile', 'check_trackers', 'divide_batch', 'device_count', 'check_devices',
+           'check_processes', 'resolve', 'compute_dtype']
 
 # %% ../nbs/40_recipe.ipynb #186e0061
-import ast, difflib, json, os, re
+import ast, difflib, json, math, os, re
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
@@ -49,6 +50,7 @@ class Recipe(DataSettings, LoraSettings):
     targets: Literal["all", "supported"]
     per_device_train_batch_size: PositiveInt
     gradient_accumulation_steps: PositiveInt
+    num_processes: PositiveInt
     num_train_epochs: Annotated[Number, Field(gt=0)]
     max_steps: Annotated[int, AfterValidator(_check_max_steps)]
     learning_rate: Annotated[Number, Field(gt=0, le=1)]
@@ -85,12 +87,13 @@ class Recipe(DataSettings, LoraSettings):
 def without_unused(
     parameters:dict, # names and values
 )->dict:
-    "The parameters of which a result depends: without those for sources, targets and the base's precision if unused"
+    "The parameters of which a result depends: without those for sources, targets, the base's precision and processes if unused"
     unused = set()
     if not parameters["sources"]:
         unused |= {"sources", "source_chars"}
         if parameters["targets"] == "all": unused.add("targets")
     if parameters.get("base_precision") == "loaded": unused.add("base_precision")
+    if parameters.get("num_processes") == 1: unused.add("num_processes")
     return {name: value for name, value in parameters.items() if name not in unused}
 
 # %% ../nbs/40_recipe.ipynb #bc59b0ef
@@ -337,6 +340,59 @@ def check_trackers(
                              "Install it, or use report_to='none'.")
     return names
 
+# %% ../nbs/40_recipe.ipynb #8560c605
+def _around(values, n):
+    "The nearest value below `n` and the nearest above, as text"
+    below, above = [v for v in values if v < n], [v for v in values if v > n]
+    return " or ".join(str(v) for v in below[-1:] + above[:1])
+
+def _describe_indivisible(recipe, n):
+    "Why a step cannot be divided among `n` processes, and the nearest values that can"
+    batch, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
+    packs = batch*accumulation
+    step = n//math.gcd(batch, n) # accumulation must be a multiple of it
+    accumulations = _around(range(step, accumulation + step + 1, step), accumulation)
+    numbers = _around([m for m in range(1, packs + 1) if packs % m == 0], n)
+    return (f"num_processes={n}: the {packs} packs of a step (per_device_train_batch_size={batch} × "
+            f"gradient_accumulation_steps={accumulation}) cannot be divided by {n}. Use "
+            f"gradient_accumulation_steps={accumulations}, or num_processes={numbers}.")
+
+# %% ../nbs/40_recipe.ipynb #26601911
+def divide_batch(
+    recipe:Recipe, # its batch and accumulation
+    n:int, # number of processes
+)->Recipe: # with the batch and accumulation of one process
+    "The recipe of one process, so that a step of all processes has the packs of the recipe; ValueError if it has none"
+    batch, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
+    packs, rest = divmod(batch*accumulation, n)
+    if rest: raise ValueError(_describe_indivisible(recipe, n))
+    smaller = next(size for size in range(min(batch, packs), 0, -1) if packs % size == 0)
+    return recipe.model_copy(update={"per_device_train_batch_size": smaller,
+                                     "gradient_accumulation_steps": packs//smaller})
+
+# %% ../nbs/40_recipe.ipynb #5d71d10d
+def device_count()->int: # GPUs; without a CUDA device, the processor's cores
+    "The number of devices of this machine"
+    import torch
+    return torch.cuda.device_count() if has_cuda() else os.cpu_count() or 1
+
+def check_devices(
+    n:int, # number of processes
+):
+    "ValueError if this machine has fewer devices than processes"
+    devices = device_count()
+    if n <= devices: return
+    kind = "GPU" if has_cuda() else "core"
+    raise ValueError(f"num_processes={n}: this machine has {devices} {kind}{'s' if devices > 1 else ''}. "
+                     f"Use {devices} or fewer; for several machines see recipes/cluster.")
+
+def check_processes(
+    recipe:Recipe, # its batch, accumulation and number of processes
+):
+    "ValueError if there are fewer devices than processes, or if a step cannot be divided among them"
+    check_devices(recipe.num_processes)
+    divide_batch(recipe, recipe.num_processes)
+
 # %% ../nbs/40_recipe.ipynb #2ac56ffb
 def _choose_4bit(recipe):
     "Whether to load the base in 4 bits; for `auto` not if training multiplies in 8 bits"
@@ -353,6 +409,7 @@ def resolve(
     optim = _choose_optim(recipe.optim)
     bf16, fp16 = _choose_precision(recipe.bf16, recipe.fp16)
     check_trackers(recipe.report_to)
+    check_processes(recipe)
     if recipe.adapter_path: read_adapter_config(recipe.adapter_path)
     data = {"data_path": str(source.path), "title_field": source.fields[0],
             "content_field": source.fields[1],

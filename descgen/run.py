@@ -20,9 +20,11 @@ from .files import load_manifest, sha256_file, to_jsonl, update_manifest, write_
 from .manifest import environment_info, now, record_failures
 from .model import model_fingerprint
 from .plan import Plan, make_plan
+from .processes import train_in_processes
 from .recipe import compute_dtype, read_recipe, resolve
 from .secrets import clear_secrets, refuse_secrets
 from .targets import UNSUPPORTED, Grounding, prepare_grounding
+from .train import train
 
 # %% ../nbs/76_run.ipynb #0ad8c933
 class Run:
@@ -90,6 +92,13 @@ def plan(self:Run, model, tokenizer, packs, test_rows)->Plan:
     plan = replace(plan, evaluation_minutes=round(evaluation, 1), total_minutes=round(total, 1))
     self.record(plan=asdict(plan))
     return plan
+
+# %% ../nbs/76_run.ipynb #86c35461
+@patch
+def train(self:Run, model, tokenizer, packs, test_examples)->list[dict]:
+    "Train the adapter; the trainer's log"
+    if self.recipe.num_processes > 1: return train_in_processes(model, packs, self.recipe, self.resume_from)
+    return train(model, tokenizer, packs, self.recipe, test_examples, self.resume_from)
 
 # %% ../nbs/76_run.ipynb #342c6034
 @patch

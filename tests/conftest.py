@@ -14,6 +14,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; `make test-slow` runs these")
     config.addinivalue_line("markers", "long: takes several minutes more than slow; `make test-long` runs these")
+    config.addinivalue_line("markers", "multi: trains in two processes; `make test-multi` runs these")
     config.addinivalue_line("markers", "browser: opens Chromium, skipped where there is none; `make test-browser` runs these")
 
 def pytest_report_header(config):

@@ -1,7 +1,8 @@
 """`descgen generate` ends with the same bytes wherever it was killed, and loses no row."""
 import json, signal, time
+from contextlib import suppress
 
-import pytest
+import psutil, pytest
 
 from conftest import start_descgen
 
@@ -32,9 +33,9 @@ def titles(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
-def start(adapter, titles, output):
+def start(adapter, titles, output, *more):
     return start_descgen("generate", "--adapter", adapter, "--input", titles, "--output", output,
-        "--max-new-tokens", 24, "--batch-size", 2)
+        "--max-new-tokens", 24, "--batch-size", 2, *more)
 
 def wait_for_lines(process, path, n):
     "Return when a file has some lines; AssertionError if the process ends before"
@@ -62,3 +63,28 @@ def test_killed_call_resumes_to_the_same_bytes(tmp_path, adapter, titles, rng):
     assert rejected[0] == rejected[1] and rejected[0].count(b"\n") == 2
     assert sorted(path.name for path in tmp_path.glob("killed*")) == [
         "killed.jsonl", "killed.rejected.jsonl", "killed.settings.json"]
+
+def rank_of(process):
+    "The rank of a process in its environment; None if it has none"
+    with suppress(psutil.Error):
+        return process.environ().get("RANK")
+
+@pytest.mark.multi
+def test_two_processes_write_what_one_writes_also_if_one_was_killed(tmp_path, adapter, titles):
+    whole, shared = tmp_path/"whole.jsonl", tmp_path/"shared.jsonl"
+    start(adapter, titles, whole).communicate()
+    process = start(adapter, titles, shared, "--processes", 2)
+    wait_for_lines(process, tmp_path/"shared.jsonl.processes"/"part-1.jsonl", 3)
+    second = next(p for p in psutil.Process(process.pid).children(recursive=True) if rank_of(p) == "1")
+    second.kill()
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "Process 1 of 2 (counted from 0) was killed" in said, said[-2000:]
+    parts = sorted((tmp_path/"shared.jsonl.processes").glob("part-*.jsonl"))
+    rows = [result["number"] for part in parts for line in part.read_text().splitlines()
+            for result in json.loads(line).get("results", [])]
+    assert len(set(rows)) == len(rows) < N_TITLES - 2 and not shared.exists()
+    said = start(adapter, titles, shared, "--processes", 2).communicate()[0]
+    assert f"{N_TITLES} rows = {N_TITLES - 2} described + 2 rejected" in said, said[-2000:]
+    assert shared.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("shared*")) == [
+        "shared.jsonl", "shared.rejected.jsonl", "shared.settings.json"]
