@@ -191,7 +191,8 @@ def _failure_text(folder, n, report):
     if status < 0:
         why = f"was killed ({signal.Signals(-status).name}), most often because memory ran out"
     else:
-        why = f"failed: {error.read_text(encoding='utf-8')}" if error.is_file() else f"ended with status {status}"
+        why = f"ended with status {status}"
+        if error.is_file(): why = f"failed: {error.read_text(encoding='utf-8').rstrip('.')}"
     return (f"Process {rank} of {n} (counted from 0) {why}. The others were stopped. Its log is {log}. "
             "The same command continues what it has begun.")
 
@@ -231,7 +232,7 @@ def train_in_processes(
     shutil.rmtree(folder/_FOLDER)
     return result["history"]
 
-# %% ../nbs/46_processes.ipynb #p4600036
+# %% ../nbs/46_processes.ipynb #p4600042
 def _begin(state, given, recipe, file_key):
     "Take the output folder in the main process; all get the checkpoint to resume from"
     from accelerate.utils import broadcast_object_list
@@ -251,7 +252,7 @@ def _catalogue(data, grounding):
     contents = data.train.select(range(min(200, len(data.train))))["content"]
     return Grounding(language=detect_language(contents))
 
-# %% ../nbs/46_processes.ipynb #p4600037
+# %% ../nbs/46_processes.ipynb #p4600043
 def train_recipe(
     values:dict, # parameters that differ from the notebook's defaults
     notebook:str|Path="fine_tune_llama3.ipynb", # has the defaults
@@ -271,7 +272,7 @@ def train_recipe(
                         adapter_sha256=sha256_file(adapter/"adapter_model.safetensors"))
     return folder
 
-# %% ../nbs/46_processes.ipynb #p4600038
+# %% ../nbs/46_processes.ipynb #p4600044
 def main(
     words:list[str], # the folder of a run of the notebook and a timeout; or recipe files
 ):
