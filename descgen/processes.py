@@ -203,7 +203,7 @@ def run_processes(
     words:list, # a module and its arguments
     port:int=0, # at which they meet; 0: any free one
 ):
-    "Run a module in several processes and print what the first one prints; ChildProcessError names the one that failed, and why"
+    "Run a module in several processes and print what the first one prints; ChildProcessError says which one failed"
     log = folder/"rank-0.log"
     before = log.stat().st_size if log.is_file() else 0
     if _run_command(launch_command(n, words, port), log, n):

@@ -87,7 +87,7 @@ class Recipe(DataSettings, LoraSettings):
 def without_unused(
     parameters:dict, # names and values
 )->dict:
-    "The parameters of which a result depends: without those for sources, targets, the base's precision and processes if unused"
+    "The parameters of which a result depends: without those for sources, targets, precision and processes if unused"
     unused = set()
     if not parameters["sources"]:
         unused |= {"sources", "source_chars"}

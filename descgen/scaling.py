@@ -38,8 +38,10 @@ def operations_per_token(
     return 4*(body + output) + 6*adapter + recomputed
 
 # %% ../nbs/47_scaling.ipynb #p4700012
-MEASURED_TOKENS = 60_715 # per second: Llama 3.2 1B's shape on an H100, 16 bits, 16 packs of 1,024 tokens (bench/README.md)
-BATCH_SECONDS = 0.2 # least time of a batch: 4 packs took 0.205 s and 8 packs 0.210 s, because the processor starts the kernels
+# per second: Llama 3.2 1B's shape on an H100, 16 bits, 16 packs of 1,024 tokens (bench/README.md)
+MEASURED_TOKENS = 60_715
+# least time of a batch: 4 packs took 0.205 s and 8 packs 0.210 s, because the processor starts the kernels
+BATCH_SECONDS = 0.2
 
 # %% ../nbs/47_scaling.ipynb #p4700016
 MESSAGE_SECONDS = 1e-5 # time of a message between two cards of a machine, whatever its size

@@ -75,7 +75,8 @@ def test_two_processes_train_what_one_trains(train_run, recipe, tmp_path):
     assert packs_of_steps(tmp_path/"2", step//2) == expected
 
 def test_disagreeing_process_is_named(train_run):
-    with pytest.raises(ChildProcessError, match="Process 1 has another recipe or data than process 0: r 8 in process 1, 16"):
+    message = "Process 1 has another recipe or data than process 0: r 8 in process 1, 16 in process 0"
+    with pytest.raises(ChildProcessError, match=message):
         train_run(2, "disagree")
 
 def test_process_that_does_not_start_is_a_timeout(train_run):
@@ -120,9 +121,11 @@ def test_killed_process_ends_the_run_which_resumes(tmp_path, small):
 
 def start_machine(number, port, recipe, log):
     "Start one of two machines with one process each, which meet at a port of this machine"
-    options = ["--num_machines", 2, "--machine_rank", number, "--num_processes", 2, "--main_process_ip", "127.0.0.1",
-        "--main_process_port", port, "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options, "-m", "descgen.processes", recipe]
+    options = ["--num_machines", 2, "--machine_rank", number, "--num_processes", 2,
+        "--main_process_ip", "127.0.0.1", "--main_process_port", port,
+        "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options,
+        "-m", "descgen.processes", recipe]
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), stdout=log, stderr=log)
 
 def test_two_machines_train_one_recipe(tmp_path, small):
