@@ -27,7 +27,8 @@ GPU = COMMON | dict(load_in_4bit=False, max_length=1024, per_device_train_batch_
 
 def add_options(parser):
     parser.add_argument("--model", type=Path, help="a folder; else the embedded model")
-    parser.add_argument("--numbers", type=int, nargs="+", default=[1, 2], help="of processes; the first is compared with")
+    parser.add_argument("--numbers", type=int, nargs="+", default=[1, 2],
+        help="of processes; the first is compared with")
     parser.add_argument("--steps", type=int, nargs=2, default=[4, 12])
     parser.add_argument("--accumulation", type=int, help="gradient_accumulation_steps (default: 4; with --model 1)")
     parser.add_argument("--rounds", type=int, default=3)
@@ -48,8 +49,8 @@ def environment(n):
     return os.environ | threads | {"HF_HUB_OFFLINE": "1"}
 
 def run_command(words, n):
-    "Run a module's command to its end; its messages if it fails"
-    done = subprocess.run([sys.executable, "-m", *map(str, words)], cwd=ROOT, env=environment(n), capture_output=True,
+    "Run Python with some words to its end; its messages if it fails"
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment(n), capture_output=True,
         text=True)
     if done.returncode:
         raise SystemExit(f"{words} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -62,7 +63,8 @@ def train(values, n, steps, work):
     folder = work/f"{n}-{steps}"
     path = work/f"{n}-{steps}.yaml"
     path.write_text(yaml.safe_dump(values | {"max_steps": steps, "output_dir": str(folder)}), encoding="utf-8")
-    run_command(["torch.distributed.run", "--standalone", "--nproc_per_node", n, "-m", "descgen.processes", path], n)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", n]
+    run_command(["-m", *launcher, "-m", "descgen.processes", path], n)
     history = json.loads((folder/"manifest.json").read_text(encoding="utf-8"))["history"]
     took = next(entry["train_runtime"] for entry in history if "train_runtime" in entry)
     return {"seconds": took, "losses": [float(entry["loss"]) for entry in history if entry.get("loss") is not None]}
@@ -86,8 +88,8 @@ def write(adapter, titles, n, work):
     path, out = work/f"titles-{len(titles)}.txt", work/f"texts-{n}-{len(titles)}.jsonl"
     path.write_text("\n".join(titles), encoding="utf-8")
     start = time.perf_counter()
-    run_command(["descgen.cli", "generate", "--adapter", adapter, "--input", path, "--output", out, "--processes", n,
-        "--overwrite", "--no-verify"], n)
+    run_command(["-c", "from descgen.cli import app; app()", "generate", "--adapter", adapter, "--input", path,
+        "--output", out, "--processes", n, "--overwrite", "--no-verify"], n)
     return time.perf_counter() - start
 
 def write_pair(adapter, n, args, work):
@@ -107,8 +109,11 @@ def summarize(rounds, numbers, written):
     for n in numbers:
         found = [r[str(n)] for r in rounds]
         losses = zip(found[0]["losses"], rounds[0][str(first)]["losses"])
-        summary[str(n)] = {"seconds_per_step": median(r["seconds"] for r in found), "whole": median(r["whole"] for r in found),
-            "loss_difference": max(abs(a - b) for a, b in losses), "titles_per_second": written.get(str(n))}
+        summary[str(n)] = {
+            "seconds_per_step": median(r["seconds"] for r in found),
+            "whole": median(r["whole"] for r in found),
+            "loss_difference": max((abs(a - b) for a, b in losses), default=0.),
+            "titles_per_second": written.get(str(n))}
     return summary
 
 def run(args):
