@@ -49,7 +49,8 @@ def minutes(seconds):
 def training_times(tokens_per_row, speeds):
     "For each way the time of an epoch"
     tokens = ROWS*tokens_per_row
-    return [[f"train: {way}", minutes(tokens/s["tokens_per_second"])] for way, s in speeds["summary"].items() if s["runs"]]
+    measured = {way: s for way, s in speeds["summary"].items() if s["runs"]}
+    return [[f"train: {way}", minutes(tokens/s["tokens_per_second"])] for way, s in measured.items()]
 
 def writing_times(read):
     "For each way that was measured with large batches, the time of a description per row"
@@ -67,5 +68,6 @@ def tables(read):
     if not (counted and speeds):
         return {}
     tokens = counted["summary"]["tokens_per_row"]
-    lines = [f"{place(speeds['machine'])}, {tokens:.0f} tokens per row (mean of {counted['summary']['rows']:,} rows).", ""]
-    return {"gpu-hours": lines + markdown_table(["", f"{ROWS:,} rows"], training_times(tokens, speeds) + writing_times(read))}
+    n, times = counted["summary"]["rows"], training_times(tokens, speeds) + writing_times(read)
+    lines = [f"{place(speeds['machine'])}, {tokens:.0f} tokens per row (mean of {n:,} rows).", ""]
+    return {"gpu-hours": lines + markdown_table(["", f"{ROWS:,} rows"], times)}
