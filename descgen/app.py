@@ -914,6 +914,7 @@ _HEADERS = {"content-security-policy": _POLICY, "referrer-policy": "no-referrer"
 def _with_headers(send):
     "Send messages, a response's start with the headers that are not set yet"
     async def send_with_headers(message):
+        "Send a message"
         if message["type"] == "http.response.start":
             own = {name for name, _ in message["headers"]}
             message["headers"] = [*message["headers"], *((name.encode(), value.encode())

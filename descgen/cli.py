@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'RootOption', 'NotebookOption', 'NOTEBOOK', 'TitleField', 'ContentField', 'Encoding', 'Output',
-           'Input', 'Titles', 'Fill', 'Greedy', 'BatchSize', 'Verify', 'Strict', 'NSources', 'Engine', 'Dtype', 'Pairs',
-           'Processes', 'Recipes', 'Run', 'check', 'evaluate', 'export', 'generate', 'serve', 'open_app', 'run',
-           'resume', 'runs', 'sweep', 'diff', 'repeat']
+           'Input', 'Titles', 'Fill', 'Overwrite', 'Writers', 'Greedy', 'BatchSize', 'Verify', 'Strict', 'NSources',
+           'Engine', 'Dtype', 'Pairs', 'Processes', 'Recipes', 'Run', 'check', 'evaluate', 'export', 'generate',
+           'serve', 'open_app', 'run', 'resume', 'runs', 'sweep', 'diff', 'repeat']
 
 # %% ../nbs/90_cli.ipynb #ecbab937
 import json, shlex, sys
@@ -236,6 +236,8 @@ Titles = Annotated[list[str]|None, typer.Option(
     help="A title, in place of a file; can be given several times")]
 Fill = Annotated[bool, typer.Option("--fill",
     help="Write the input again, its empty contents filled")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output")]
+Writers = Annotated[int, typer.Option(min=1, help="Processes that write, one per GPU")]
 Greedy = Annotated[bool, typer.Option("--greedy",
     help="Take the most likely token instead of sampling")]
 BatchSize = Annotated[int|None, typer.Option(min=1,
@@ -253,17 +255,15 @@ Dtype = Annotated[str|None, typer.Option(
 @app.command("generate")
 def generate(
     adapter:Annotated[Path, typer.Option(help="The adapter's folder")], output:Output,
-    input:Input=None, title:Titles=None, fill:Fill=False, overwrite:Annotated[bool,
-        typer.Option("--overwrite", help="Replace the output")]=False,
+    input:Input=None, title:Titles=None, fill:Fill=False, overwrite:Overwrite=False,
     n:Annotated[int, typer.Option("--n", min=1, help="Texts per title")]=1, greedy:Greedy=False,
     max_new_tokens:Annotated[int, typer.Option(min=1, help="Most tokens of a text")]=128,
     temperature:Annotated[float, typer.Option(help="Lower: likely tokens become likelier")]=0.7,
     top_p:Annotated[float, typer.Option(help="Sample from this total probability")]=0.9,
     seed:Annotated[int, typer.Option(help="Of the random numbers")]=42, batch_size:BatchSize=None,
     verify:Verify=None, strict:Strict=False, sources:NSources=None, dtype:Dtype=None,
-    engine:Engine="descgen",
+    engine:Engine="descgen", processes:Writers=1,
     title_field:TitleField="auto", content_field:ContentField="auto", encoding:Encoding="auto",
-    processes:Annotated[int, typer.Option(min=1, help="Processes that write, one per GPU")]=1,
     as_json:Annotated[bool, typer.Option("--json", help="Print numbers of rows as JSON")]=False,
 ):
     "Describe all titles of a file; the same command continues after an interruption"
@@ -529,6 +529,7 @@ def run(
 Run = Annotated[str, typer.Argument(
     help="A run's id, the beginning of one, or the path of a run's folder")]
 
+# %% ../nbs/90_cli.ipynb #74410087
 @app.command("resume")
 def resume(
     name:Run,

@@ -17,6 +17,7 @@ import unsloth # before transformers and peft, which it changes
 import torch
 import torch.nn.functional as F
 import torch._functorch.config as functorch_config
+from fastcore.basics import patch
 from peft.tuners.lora.layer import LoraLayer
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
@@ -259,28 +260,32 @@ class CompiledLoss:
         if compiled:
             self.run_layer = torch.compile(decoder_layer, dynamic=False, fullgraph=True)
 
-    def _hidden_states(self, input_ids, position_ids):
-        "The states after the last layer"
-        hidden = F.embedding(input_ids[0], self.embedding.weight).detach().requires_grad_()
-        shared = (*self.rotary(hidden.float(), position_ids), example_mask(position_ids))
-        for layer in self.layers:
-            if self.checkpointing:
-                hidden = checkpoint(self.run_layer, hidden, layer, *shared, use_reentrant=False)
-            else:
-                hidden = self.run_layer(hidden, layer, *shared)
-        return _norm(hidden, self.norm.weight, self.norm.variance_epsilon)
+# %% ../nbs/36_compiled.ipynb #cd69f441
+@patch
+def _hidden_states(self:CompiledLoss, input_ids, position_ids):
+    "The states after the last layer"
+    hidden = F.embedding(input_ids[0], self.embedding.weight).detach().requires_grad_()
+    shared = (*self.rotary(hidden.float(), position_ids), example_mask(position_ids))
+    for layer in self.layers:
+        if self.checkpointing:
+            hidden = checkpoint(self.run_layer, hidden, layer, *shared, use_reentrant=False)
+        else:
+            hidden = self.run_layer(hidden, layer, *shared)
+    return _norm(hidden, self.norm.weight, self.norm.variance_epsilon)
 
-    def __call__(self, input_ids, labels, position_ids, n_items=None):
-        "The sum over `n_items`, or the mean, of the loss of all labels"
-        with torch.autocast(self.device.type, enabled=False):
-            hidden = self._hidden_states(input_ids, position_ids)
-            return unsloth_fused_ce_loss(trainer=None, hidden_states=hidden[None], labels=labels,
-                lm_head_weight=self.head.weight, lm_head_bias=None, n_items=n_items)
+@patch
+def __call__(self:CompiledLoss, input_ids, labels, position_ids, n_items=None):
+    "The sum over `n_items`, or the mean, of the loss of all labels"
+    with torch.autocast(self.device.type, enabled=False):
+        hidden = self._hidden_states(input_ids, position_ids)
+        return unsloth_fused_ce_loss(trainer=None, hidden_states=hidden[None], labels=labels,
+            lm_head_weight=self.head.weight, lm_head_bias=None, n_items=n_items)
 
 # %% ../nbs/36_compiled.ipynb #d3c6c641
 def _training_forward(inner, loss, length, usual):
     "A forward pass that returns the loss of a batch in training, and is the usual one otherwise"
     def forward(*args, labels=None, position_ids=None, **kwargs):
+        "The loss of a training batch; the usual output of any other"
         is_training = inner.training and torch.is_grad_enabled()
         if not is_training or args or labels is None or position_ids is None:
             return usual(*args, labels=labels, position_ids=position_ids, **kwargs)

@@ -8,7 +8,7 @@ __all__ = ['MIN_SLOTS', 'MEMORY_SHARE', 'INTERVAL', 'slot_attention', 'plain_mod
            'kept_copy', 'release_copy', 'slots_for_memory', 'decode_static']
 
 # %% ../nbs/35_static_decoding.ipynb #80465f0a
-import importlib.util, sys, threading
+import importlib.util, math, sys, threading
 from collections import deque
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from .decoding import next_group
+from .decoding import cache_shape, next_group
 from .layers import layer_device
 from .lora import has_plain_adapter
 
@@ -180,9 +180,7 @@ class SlotCache(Cache):
         device, # of the model
     ):
         super().__init__(layers=[])
-        heads = config.num_key_value_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size//config.num_attention_heads
-        shape = config.num_hidden_layers, n, heads, capacity, size
+        shape = cache_shape(config, n, capacity)
         # zeros: a hidden value is multiplied by zero, and must be a number
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.lengths = torch.zeros(n, dtype=torch.long, device=device) # tokens in each slot
@@ -486,8 +484,7 @@ def slots_for_memory(
     free_bytes:float, # free memory
 )->int: # at least 1
     "How many slots fit into free memory"
-    size = getattr(config, "head_dim", None) or config.hidden_size//config.num_attention_heads
-    cache = 2*config.num_hidden_layers*config.num_key_value_heads*size*capacity*dtype.itemsize
+    cache = 2*math.prod(cache_shape(config, 1, capacity))*dtype.itemsize
     scores = config.vocab_size*(2*4 + dtype.itemsize)
     return max(1, int(MEMORY_SHARE*free_bytes/(cache + scores)))
 

@@ -205,10 +205,16 @@ def _process_share(recipe, packs):
     return share, _pack_dataset(packs, total_packs(recipe, packs), multiple)
 
 # %% ../nbs/44_train.ipynb #d8d4c008
+def _trackers(trainer, recipe):
+    "The trainer's callbacks that report to the trackers of a recipe"
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    kinds = tuple(INTEGRATION_TO_CALLBACK[n] for n in check_trackers(recipe.report_to))
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kinds)]
+
+# %% ../nbs/44_train.ipynb #79b3ef73
 def _make_trainer(model, tokenizer, packs, recipe, test_examples, callbacks):
     "TRL's trainer with its data and callbacks"
     from transformers import PrinterCallback
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     from trl import SFTTrainer
     share, dataset = _process_share(recipe, packs)
     token_counts = [] # the tokens of each pack, for the speed
@@ -224,9 +230,7 @@ def _make_trainer(model, tokenizer, packs, recipe, test_examples, callbacks):
         train_dataset=dataset, processing_class=tokenizer, data_collator=collate_and_count,
         callbacks=[*progress, test_loss, *callbacks])
     trainer.remove_callback(PrinterCallback)
-    tracker_types = tuple(INTEGRATION_TO_CALLBACK[n] for n in check_trackers(recipe.report_to))
-    test_loss.trackers = [c for c in trainer.callback_handler.callbacks
-                          if isinstance(c, tracker_types)]
+    test_loss.trackers = _trackers(trainer, recipe)
     trainer.create_model_card = lambda *args, **kw: None # `save_adapter` writes its own model card
     _use_loraplus(trainer, recipe)
     return trainer

@@ -6,8 +6,8 @@
 
 `speed` runs all ways in one process, every other round in reverse order, with `recipes/best.yaml` and `h200.yaml`, and
 every result is written at once. float32 of `loss` is transformers' own model. The warm-up is that of a way's first
-round; `BREAK_EVEN_TOKENS` of `descgen.compiled`
-comes from it. Programs on the disk would shorten it, so `TORCHINDUCTOR_CACHE_DIR` is a new folder.
+round; `BREAK_EVEN_TOKENS` of `descgen.compiled` comes from it. Programs on the disk would shorten it, so
+`TORCHINDUCTOR_CACHE_DIR` is a new folder.
 """
 import os
 import re
