@@ -251,14 +251,15 @@ def start_worker(args, gpus, number, way, seed):
     words = [*args.rows, "--name", args.name, "--seeds", *args.seeds, "--worker", way, seed]
     for name, value in options_of(args).items():
         words += ["--" + name.replace("_", "-"), value]
-    env = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
+    env = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
     done = run_child("sources", *words, **env)
     print(f"{way}, seed {seed}: {done['steps']} steps", file=sys.stderr, flush=True)
 
-def gpu_count():
-    "Number of GPUs"
+def gpu_names():
+    "The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them"
     import torch
-    return torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",") if names else [str(i) for i in range(torch.cuda.device_count())]
 
 def sums_of(texts, rows, language, common):
     "Metric → sums per title, the mean over seeds"
@@ -316,7 +317,7 @@ def run(args):
     SCRATCH.mkdir(parents=True, exist_ok=True)
     joined_path(args).write_text("".join(file.read_text(encoding="utf-8") for file in args.rows), encoding="utf-8")
     missing = [(way, seed) for seed in args.seeds for way in args.ways if not is_done(args, way, seed)]
-    gpus = gpu_count()
+    gpus = gpu_names()
     with ThreadPoolExecutor(args.jobs) as pool:
         started = [pool.submit(start_worker, args, gpus, i, *one) for i, one in enumerate(missing)]
     for one in started:
