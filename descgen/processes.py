@@ -18,7 +18,7 @@ from .claims import detect_language
 from .dataset import load_data
 from .files import sha256_file, to_json, update_manifest, write_text
 from .formatting import encode_rows, template_parts
-from .model import add_lora, has_cuda, load_initial_adapter, load_model, load_weights
+from .model import add_lora, has_cuda, load_initial_adapter, load_model, load_weights, uses_fsdp
 from .packing import Packs
 from .recipe import Recipe, check_recipe, compute_dtype, read_defaults, resolve
 from .targets import Grounding, prepare_grounding
@@ -252,6 +252,19 @@ def _catalogue(data, grounding):
     contents = data.train.select(range(min(200, len(data.train))))["content"]
     return Grounding(language=detect_language(contents))
 
+# %% ../nbs/46_processes.ipynb #p4600050
+_FSDP_VALUES = {"load_in_4bit": False, "optim": "adamw_torch_fused", "compile": False, "fp16": False}
+
+def _fsdp_values():
+    "The values that replace the notebook's defaults with FSDP"
+    return _FSDP_VALUES if uses_fsdp() else {}
+
+def _check_fsdp(recipe):
+    "ValueError if the model is to be sharded and the recipe does not allow it"
+    for name, value in _fsdp_values().items():
+        if name != "optim" and getattr(recipe, name) != value:
+            raise ValueError(f"{name}={getattr(recipe, name)!r} cannot be used with FSDP. Use {name}={value!r}.")
+
 # %% ../nbs/46_processes.ipynb #p4600043
 def train_recipe(
     values:dict, # parameters that differ from the notebook's defaults
@@ -259,7 +272,8 @@ def train_recipe(
     timeout:float=600, # seconds to wait for a process
 )->Path: # the output folder, with manifest, checkpoints and adapter
     "Train a recipe as one of the processes of a cluster; the main process writes all files"
-    state, given = join_processes(timeout), check_recipe(read_defaults(notebook) | values)
+    state, given = join_processes(timeout), check_recipe(read_defaults(notebook) | _fsdp_values() | values)
+    _check_fsdp(given)
     recipe = resolve(given)
     data, grounding = _load_data_once(state, recipe)
     check_agreement(run_fingerprint(recipe, data.file_key))
