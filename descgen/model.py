@@ -82,7 +82,7 @@ def has_cuda()->bool:
 
 def uses_fsdp()->bool:
     "Whether Accelerate shards the model over the processes (FSDP), as its config file says"
-    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 def import_unsloth():
     "Import Unsloth, before the libraries that it changes; with FSDP they stay as they are"
@@ -352,15 +352,21 @@ def adapter_hash(
     return sha256_file(Path(folder)/"adapter_model.safetensors")
 
 # %% ../nbs/33_model.ipynb #2656a3b0
+def _shard_like(weight, own):
+    "A weight as the model has its own: sharded over the processes, or whole"
+    if not hasattr(own, "device_mesh"): return weight
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(weight.to(own.device), own.device_mesh, own.placements)
+
 def load_weights(
     model, # with an adapter of the same shape
     path:str|Path, # a safetensors file of an adapter
 ):
-    "Load an adapter's weights from a file; ValueError if their names or shapes differ"
+    "Load an adapter's weights from a file, in all processes that share it; ValueError if their names or shapes differ"
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
-    shapes = {name: p.shape
-              for name, p in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    shapes = {name: weight.shape for name, weight in own.items()}
     weights = load_file(path)
     saved_shapes = {name: weight.shape for name, weight in weights.items()}
     differ = {name for name in shapes.keys() | saved_shapes.keys()
@@ -368,7 +374,7 @@ def load_weights(
     if differ:
         raise ValueError(f"{path} does not fit this adapter: "
                          f"{len(differ)} matrices differ, for example {min(differ)}")
-    set_peft_model_state_dict(model, weights)
+    set_peft_model_state_dict(model, {name: _shard_like(weight, own[name]) for name, weight in weights.items()})
 
 # %% ../nbs/33_model.ipynb #aad48f73
 def _adapter_shape(config, model_id):

@@ -253,17 +253,17 @@ def _catalogue(data, grounding):
     return Grounding(language=detect_language(contents))
 
 # %% ../nbs/46_processes.ipynb #p4600050
-_FSDP_VALUES = {"load_in_4bit": False, "optim": "adamw_torch_fused", "compile": False, "fp16": False}
-
-def _fsdp_values():
-    "The values that replace the notebook's defaults with FSDP"
-    return _FSDP_VALUES if uses_fsdp() else {}
+# of a recipe for FSDP, instead of the notebook's defaults
+_FSDP_DEFAULTS = {"load_in_4bit": False, "compile": False, "fp16": False, "optim": "adamw_torch_fused"}
 
 def _check_fsdp(recipe):
     "ValueError if the model is to be sharded and the recipe does not allow it"
-    for name, value in _fsdp_values().items():
-        if name != "optim" and getattr(recipe, name) != value:
-            raise ValueError(f"{name}={getattr(recipe, name)!r} cannot be used with FSDP. Use {name}={value!r}.")
+    if not uses_fsdp(): return
+    differ = [name for name, value in _FSDP_DEFAULTS.items() if getattr(recipe, name) != value]
+    for name in differ:
+        if name != "optim" or re.search("8bit|paged|bnb", recipe.optim):
+            raise ValueError(f"{name}={getattr(recipe, name)!r} cannot be used with FSDP. "
+                             f"Use {name}={_FSDP_DEFAULTS[name]!r}.")
 
 # %% ../nbs/46_processes.ipynb #p4600043
 def train_recipe(
@@ -272,7 +272,8 @@ def train_recipe(
     timeout:float=600, # seconds to wait for a process
 )->Path: # the output folder, with manifest, checkpoints and adapter
     "Train a recipe as one of the processes of a cluster; the main process writes all files"
-    state, given = join_processes(timeout), check_recipe(read_defaults(notebook) | _fsdp_values() | values)
+    defaults = read_defaults(notebook) | (_FSDP_DEFAULTS if uses_fsdp() else {})
+    state, given = join_processes(timeout), check_recipe(defaults | values)
     _check_fsdp(given)
     recipe = resolve(given)
     data, grounding = _load_data_once(state, recipe)

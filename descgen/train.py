@@ -376,7 +376,8 @@ def _prepare_restart(model, folder, resume_from):
 
 def _use_best_weights(model, recipe, history):
     "With `keep_best`, load the adapter with the lowest test loss"
-    if not (recipe.keep_best and process_state().is_main_process): return
+    # a sharded adapter is loaded by all processes, another one only where it is saved
+    if not recipe.keep_best or not (uses_fsdp() or process_state().is_main_process): return
     if _best_entry(history):
         load_weights(model, Path(recipe.output_dir)/BEST_WEIGHTS)
     elif _test_entries(history):
@@ -421,9 +422,10 @@ def train(
     while (history := _try_training(resume_from, model, tokenizer, packs, recipe, test_examples, callbacks)) is None:
         recipe = _with_smaller_batch(recipe)
         resume_from = _prepare_restart(model, folder, resume_from)
+    process_state().wait_for_everyone() # the main process has written the best weights
     if process_state().is_main_process: (folder/INITIAL_WEIGHTS).unlink()
-    if uses_fsdp(): _gather_adapter(model)
     _use_best_weights(model, recipe, history)
+    if uses_fsdp(): _gather_adapter(model)
     return history
 
 # %% ../nbs/44_train.ipynb #74af5a9c
