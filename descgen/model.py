@@ -213,9 +213,9 @@ def model_config(
 # %% ../nbs/33_model.ipynb #b15b8780
 def _load_with_unsloth(source, max_seq_length, load_in_4bit, dtype):
     "Model and tokenizer, on this process's device"
-    import unsloth # before torch
     import torch
-    return unsloth.FastLanguageModel.from_pretrained(source, max_seq_length=max_seq_length,
+    from unsloth import FastLanguageModel
+    return FastLanguageModel.from_pretrained(source, max_seq_length=max_seq_length,
         load_in_4bit=load_in_4bit, dtype=getattr(torch, dtype) if dtype else None,
         token=os.environ.get("HF_TOKEN"))
 
@@ -224,7 +224,8 @@ def _load_plain(source, dtype):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     token = os.environ.get("HF_TOKEN")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), token=token,
+    model = AutoModelForCausalLM.from_pretrained(source, token=token,
+        dtype=getattr(torch, dtype) if dtype else "auto",
         attn_implementation="sdpa") # its mask separates the examples of a pack by their position ids
     model.config.use_cache = False # with a cache, it would not
     return model, AutoTokenizer.from_pretrained(source, token=token)
@@ -238,7 +239,8 @@ def load_model(
     date_string:str=DEFAULT_DATE, # the date in the chat template, if it writes one
     template:str|None=None, # a chat template to use instead of the model's own, date included
 ): # the model, ready for LoRA, and its tokenizer, with the end of a turn as EOS and another token for padding
-    "Load a base model and its tokenizer with Unsloth; OSError says what to do if it cannot be loaded"
+    "Load a base model and its tokenizer with Unsloth, with FSDP with transformers; OSError says what to do if it cannot be loaded"
+    import_unsloth()
     if dtype is None and not has_cuda():
         dtype = "bfloat16" if native_bf16() else "float32"
     with _model_source(model_id) as source:

@@ -232,6 +232,19 @@ def train_in_processes(
     shutil.rmtree(folder/_FOLDER)
     return result["history"]
 
+# %% ../nbs/46_processes.ipynb #p4600050
+# of a recipe for FSDP, instead of the notebook's defaults
+_FSDP_DEFAULTS = {"load_in_4bit": False, "compile": False, "fp16": False, "optim": "adamw_torch_fused"}
+
+def _check_fsdp(recipe):
+    "ValueError if the model is to be sharded and the recipe does not allow it"
+    if not uses_fsdp(): return
+    differ = [name for name, value in _FSDP_DEFAULTS.items() if getattr(recipe, name) != value]
+    for name in differ:
+        if name != "optim" or re.search("8bit|paged|bnb", recipe.optim):
+            raise ValueError(f"{name}={getattr(recipe, name)!r} cannot be used with FSDP. "
+                             f"Use {name}={_FSDP_DEFAULTS[name]!r}.")
+
 # %% ../nbs/46_processes.ipynb #p4600042
 def _begin(state, given, recipe, file_key):
     "Take the output folder in the main process; all get the checkpoint to resume from"
@@ -251,19 +264,6 @@ def _catalogue(data, grounding):
     if grounding: return grounding
     contents = data.train.select(range(min(200, len(data.train))))["content"]
     return Grounding(language=detect_language(contents))
-
-# %% ../nbs/46_processes.ipynb #p4600050
-# of a recipe for FSDP, instead of the notebook's defaults
-_FSDP_DEFAULTS = {"load_in_4bit": False, "compile": False, "fp16": False, "optim": "adamw_torch_fused"}
-
-def _check_fsdp(recipe):
-    "ValueError if the model is to be sharded and the recipe does not allow it"
-    if not uses_fsdp(): return
-    differ = [name for name, value in _FSDP_DEFAULTS.items() if getattr(recipe, name) != value]
-    for name in differ:
-        if name != "optim" or re.search("8bit|paged|bnb", recipe.optim):
-            raise ValueError(f"{name}={getattr(recipe, name)!r} cannot be used with FSDP. "
-                             f"Use {name}={_FSDP_DEFAULTS[name]!r}.")
 
 # %% ../nbs/46_processes.ipynb #p4600043
 def train_recipe(
