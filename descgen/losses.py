@@ -43,7 +43,7 @@ def share_prefix(
 def collate(
     packs:list[dict], # from `pack_examples`
     share:bool|None=None, # compute a common prefix once; None: only on a CPU, and not with FSDP
-)->dict: # tensors `input_ids`, `labels`, `position_ids` of shape (1, tokens); on a GPU also `packed_seq_lengths`, for Unsloth
+)->dict: # tensors `input_ids`, `labels`, `position_ids` of shape (1, tokens); for Unsloth on a GPU `packed_seq_lengths`
     "A batch from packs"
     import torch
     batch = {}

@@ -220,15 +220,22 @@ def _load_with_unsloth(source, max_seq_length, load_in_4bit, dtype):
         token=os.environ.get("HF_TOKEN"))
 
 def _load_plain(source, dtype):
-    "Model and tokenizer in the processor's memory, of transformers' own classes, to be sharded"
+    "Model and tokenizer of transformers' own classes, to be sharded; only the first process reads the weights"
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from accelerate import PartialState, init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     token = os.environ.get("HF_TOKEN")
-    model = AutoModelForCausalLM.from_pretrained(source, token=token,
-        dtype=getattr(torch, dtype) if dtype else "auto",
-        attn_implementation="sdpa") # its mask separates the examples of a pack by their position ids
-    model.config.use_cache = False # with a cache, it would not
+    options = {"dtype": getattr(torch, dtype) if dtype else "auto",
+               "attn_implementation": "sdpa"} # its mask separates the examples of a pack by their position ids
+    if PartialState(cpu=not has_cuda()).is_main_process:
+        model = AutoModelForCausalLM.from_pretrained(source, token=token, **options)
+    else:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, token=token), **options)
+        model.tie_weights()
+    model.config.use_cache = False # with a cache, the mask would not
     return model, AutoTokenizer.from_pretrained(source, token=token)
+
 
 # %% ../nbs/33_model.ipynb #b15b8782
 def load_model(
@@ -239,7 +246,7 @@ def load_model(
     date_string:str=DEFAULT_DATE, # the date in the chat template, if it writes one
     template:str|None=None, # a chat template to use instead of the model's own, date included
 ): # the model, ready for LoRA, and its tokenizer, with the end of a turn as EOS and another token for padding
-    "Load a base model and its tokenizer with Unsloth, with FSDP with transformers; OSError says what to do if it cannot be loaded"
+    "Load a base and its tokenizer with Unsloth, or for FSDP with transformers; OSError says what to do if that fails"
     import_unsloth()
     if dtype is None and not has_cuda():
         dtype = "bfloat16" if native_bf16() else "float32"
@@ -305,14 +312,20 @@ class LoraSettings(BaseModel):
     gradient_checkpointing: bool = True # recompute activations instead of storing them: less memory, a third more time
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42 # of the adapter's initial weights
 
-# %% ../nbs/33_model.ipynb #bc0f6016
+# %% ../nbs/33_model.ipynb #bc0f6015
 def _add_plain_lora(model, parameters, seed):
     "The adapter in PEFT's own layers, in float32"
     import torch
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", bias="none", **parameters))
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", bias="none", **parameters))
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.requires_grad and weight.is_meta: # the first process will send its own
+                setattr(module, name, torch.nn.Parameter(torch.zeros_like(weight, device="cpu")))
+    return model
 
+# %% ../nbs/33_model.ipynb #bc0f6016
 def add_lora(
     model, # from `load_model`
     settings:LoraSettings=LoraSettings(), # or a recipe, which has the same fields
