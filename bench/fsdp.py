@@ -9,11 +9,11 @@ training. The result is written again after each number of GPUs. CUDA_VISIBLE_DE
 """
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from .markdown import circumstances, markdown_table
@@ -113,12 +113,20 @@ def follow(process, log):
             sys.stderr.write(f"  {line[line.index(MARK):]}")
     return process.wait()
 
+def kill_tree(pid):
+    "Kill a process and those that it started, which have groups of their own"
+    import psutil
+    root = psutil.Process(pid)
+    for process in [*root.children(recursive=True), root]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
 def run_logged(command, path, env, timeout):
     "Run a command to its end; if it fails or takes too long, its last lines are shown"
     with open(path, "w", encoding="utf-8") as log:
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
-        timer = threading.Timer(timeout, os.killpg, (process.pid, signal.SIGKILL))
+            stderr=subprocess.STDOUT, text=True, errors="replace")
+        timer = threading.Timer(timeout, kill_tree, (process.pid,))
         timer.start()
         try:
             status = follow(process, log)
