@@ -17,7 +17,8 @@ from .measure import RESULTS, ROOT
 SUBJECTS = { # name → module
     "data": "data", "formats": "formats", "train": "train",
     "sweep": "sweep", "write": "write", "generate": "generate", "serve": "serve", "sources": "sources",
-    "processes": "processes", "evaluate": "evaluate", "runs": "runs", "catalogue": "catalogue", "tables": "tables",
+    "processes": "processes", "fsdp": "fsdp", "evaluate": "evaluate", "runs": "runs", "catalogue": "catalogue",
+    "tables": "tables",
     "gpu": "gpu.all", "gpu-models": "gpu.models",
     "gpu-speed": "gpu.speed", "gpu-compiled": "gpu.compiled", "gpu-write": "gpu.write",
     "gpu-hours": "gpu.hours",

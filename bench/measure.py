@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT/"bench"/"results"
 SCRATCH = ROOT/"outputs"/"bench" # made files, logs and unfinished results
 NOTEBOOK = ROOT/"fine_tune_llama3.ipynb"
-PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "bitsandbytes", "xformers", "polars",
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "unsloth", "bitsandbytes", "xformers", "polars",
             "datasets", "tokenizers", "rensa", "papermill")
 
 def seconds(act):

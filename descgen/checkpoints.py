@@ -14,7 +14,7 @@ from pathlib import Path
 from .files import (flush_to_disk, load_manifest, short_path, update_manifest,
     verify_checksums, write_manifest, write_text)
 from .formatting import INSTRUCTION
-from .model import EMBEDDED, LLAMA, adapter_hash, has_cuda, plain_peft_code
+from .model import EMBEDDED, LLAMA, adapter_hash, has_cuda, plain_peft_code, uses_fsdp
 from .probability import fit_probability
 from .recipe import Recipe, without_unused
 
@@ -45,7 +45,8 @@ def run_fingerprint(
     versions = {f"version of {p}": version(p) for p in packages}
     parameters = {**without_unused(recipe.model_dump(exclude=ignored)),
                   **start, "model_id": short_path(recipe.model_id)}
-    return {**parameters, "file_key": file_key, **versions}
+    sharding = {"model sharded by FSDP": True} if uses_fsdp() else {} # its checkpoints have other files
+    return {**parameters, "file_key": file_key, **versions, **sharding}
 
 # %% ../nbs/43_checkpoints.ipynb #fc99a71c
 def checkpoint_step(

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import numpy as np
 from .formatting import IGNORE_INDEX
-from .model import has_cuda
+from .model import has_cuda, uses_fsdp
 from .recipe import Recipe, compute_dtype
 
 # %% ../nbs/41_losses.ipynb #51c9d6be
@@ -42,18 +42,18 @@ def share_prefix(
 # %% ../nbs/41_losses.ipynb #f609eb89
 def collate(
     packs:list[dict], # from `pack_examples`
-    share:bool|None=None, # compute a common prefix once; None: only on a CPU
-)->dict: # tensors `input_ids`, `labels`, `position_ids` of shape (1, tokens); on a GPU also `packed_seq_lengths`
+    share:bool|None=None, # compute a common prefix once; None: only on a CPU, and not with FSDP
+)->dict: # tensors `input_ids`, `labels`, `position_ids` of shape (1, tokens); for Unsloth on a GPU `packed_seq_lengths`
     "A batch from packs"
     import torch
     batch = {}
     for key in ("input_ids", "labels", "position_ids"):
         batch[key] = np.concatenate([np.asarray(p[key]) for p in packs])
     starts, shared = np.flatnonzero(batch["position_ids"] == 0), 0
-    if share is None: share = not has_cuda()
+    if share is None: share = not (has_cuda() or uses_fsdp())
     if share: batch, shared = share_prefix(batch, starts)
     tensors = {k: torch.from_numpy(v)[None] for k, v in batch.items()}
-    if shared or not has_cuda(): return tensors
+    if shared or not has_cuda() or uses_fsdp(): return tensors
     lengths = np.diff(starts, append=batch["input_ids"].size)
     return tensors | {"packed_seq_lengths": torch.tensor(lengths, dtype=torch.int32)}
 
@@ -61,9 +61,9 @@ def collate(
 def autocast_context(
     recipe:Recipe, # its precision
 ): # a context manager
-    "Autocast to the precision of the recipe on a GPU; on a CPU the precision of the weights is used"
+    "Autocast to the precision of the recipe on a GPU; on a CPU and with FSDP the precision of the weights is used"
     import torch
-    if not has_cuda() or compute_dtype(recipe) == "float32": return nullcontext()
+    if not has_cuda() or uses_fsdp() or compute_dtype(recipe) == "float32": return nullcontext()
     return torch.autocast("cuda", getattr(torch, compute_dtype(recipe)))
 
 def _batches(examples, tokens):
@@ -92,11 +92,16 @@ def _token_losses(model, batch):
         reduction="none")
 
 # %% ../nbs/41_losses.ipynb #ad460ddb
+def _input_device(model):
+    "The device of a model's inputs"
+    if uses_fsdp(): return next(model.parameters()).device
+    from descgen.layers import layer_device
+    return layer_device(model)
+
 def _losses_in_batches(model, examples, recipe, tokens):
     "Summed loss and number of labels of each example; on a GPU only their sums over a batch are right"
     import torch
-    from descgen.layers import layer_device
-    was_training, device = model.training, layer_device(model)
+    was_training, device = model.training, _input_device(model)
     model.eval()
     try:
         for batch in _batches(examples, tokens):

@@ -18,7 +18,7 @@ from .claims import detect_language
 from .dataset import load_data
 from .files import sha256_file, to_json, update_manifest, write_text
 from .formatting import encode_rows, template_parts
-from .model import add_lora, has_cuda, load_initial_adapter, load_model, load_weights
+from .model import add_lora, has_cuda, load_initial_adapter, load_model, load_weights, uses_fsdp
 from .packing import Packs
 from .recipe import Recipe, check_recipe, compute_dtype, read_defaults, resolve
 from .targets import Grounding, prepare_grounding
@@ -232,6 +232,19 @@ def train_in_processes(
     shutil.rmtree(folder/_FOLDER)
     return result["history"]
 
+# %% ../nbs/46_processes.ipynb #p4600050
+# of a recipe for FSDP, instead of the notebook's defaults
+_FSDP_DEFAULTS = {"load_in_4bit": False, "compile": False, "fp16": False, "optim": "adamw_torch_fused"}
+
+def _check_fsdp(recipe):
+    "ValueError if the model is to be sharded and the recipe does not allow it"
+    if not uses_fsdp(): return
+    differ = [name for name, value in _FSDP_DEFAULTS.items() if getattr(recipe, name) != value]
+    for name in differ:
+        if name != "optim" or re.search("8bit|paged|bnb", recipe.optim):
+            raise ValueError(f"{name}={getattr(recipe, name)!r} cannot be used with FSDP. "
+                             f"Use {name}={_FSDP_DEFAULTS[name]!r}.")
+
 # %% ../nbs/46_processes.ipynb #p4600042
 def _begin(state, given, recipe, file_key):
     "Take the output folder in the main process; all get the checkpoint to resume from"
@@ -259,7 +272,9 @@ def train_recipe(
     timeout:float=600, # seconds to wait for a process
 )->Path: # the output folder, with manifest, checkpoints and adapter
     "Train a recipe as one of the processes of a cluster; the main process writes all files"
-    state, given = join_processes(timeout), check_recipe(read_defaults(notebook) | values)
+    defaults = read_defaults(notebook) | (_FSDP_DEFAULTS if uses_fsdp() else {})
+    state, given = join_processes(timeout), check_recipe(defaults | values)
+    _check_fsdp(given)
     recipe = resolve(given)
     data, grounding = _load_data_once(state, recipe)
     check_agreement(run_fingerprint(recipe, data.file_key))

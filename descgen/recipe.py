@@ -18,7 +18,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from .data import find_data, inspect_file
 from .dataset import DataSettings, Number, PositiveInt, Text
-from .model import (LoraSettings, check_gpu, has_cuda, has_fp8, native_bf16, read_adapter_config,
+from .model import (LoraSettings, check_gpu, has_cuda, has_fp8, import_unsloth, native_bf16, read_adapter_config,
     resolve_4bit, resolve_model_id)
 
 # %% ../nbs/40_recipe.ipynb #64813693
@@ -327,7 +327,7 @@ def check_trackers(
     report_to:str|list[str], # a name, several names, or "none"
 )->list[str]: # without "none"
     "The names of the trackers in `report_to`; ValueError if one is not known to the trainer or not installed"
-    import unsloth # before transformers
+    import_unsloth()
     from transformers.integrations import integration_utils
     known = integration_utils.INTEGRATION_TO_CALLBACK
     names = [n for n in ([report_to] if isinstance(report_to, str) else report_to) if n != "none"]

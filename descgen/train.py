@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .files import flush_to_disk, verify_checksums, write_checksums
 from .formatting import IGNORE_INDEX
-from .model import has_cuda, load_weights
+from .model import has_cuda, load_weights, uses_fsdp
 from .recipe import Recipe, check_trackers, divide_batch, needed_to_compile
 from .losses import collate, completion_loss, loss_sums
 from .plan import effective_batch, total_packs
@@ -65,15 +65,26 @@ def _should_stop(history, recipe):
     return since_best >= recipe.patience > 0
 
 # %% ../nbs/44_train.ipynb #6c7bd335
+def _whole(weight):
+    "A weight, gathered from all processes if they have a share each; all must call this"
+    weight = weight.detach()
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+def _adapter_weights(model):
+    "The whole weights of the adapter, by their names in the model"
+    return {name: _whole(weight).cpu() for name, weight in model.named_parameters() if "lora_" in name}
+
 def save_adapter_weights(
     model, # with its adapter
     path:Path, # of a safetensors file
 ):
-    "Write the weights of the adapter, completely or not at all"
+    "Write the weights of the adapter, completely or not at all; all processes call this, the main one writes"
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
+    weights = _adapter_weights(model)
+    if not process_state().is_main_process: return
     new = path.with_name(f".{path.name}.new")
-    save_file(get_peft_model_state_dict(model, save_embedding_layers=False), new)
+    save_file(get_peft_model_state_dict(model, weights, save_embedding_layers=False), new)
     flush_to_disk(new)
     os.replace(new, path)
 
@@ -92,7 +103,7 @@ def _record_test_loss(loss, model, recipe, state, control):
     history = state.log_history
     history.append({"step": state.global_step, "test_loss": loss})
     is_best = _best_entry(history) is history[-1]
-    if recipe.keep_best and is_best and process_state().is_main_process:
+    if recipe.keep_best and is_best:
         save_adapter_weights(model, Path(recipe.output_dir)/BEST_WEIGHTS)
     if _should_stop(history, recipe): control.should_training_stop = True
 
@@ -113,7 +124,8 @@ def _test_loss(model, examples, recipe):
     from accelerate.utils import reduce
     state = process_state()
     if state.num_processes == 1: return completion_loss(model, examples, recipe)
-    share = examples[state.process_index::state.num_processes]
+    # with FSDP each forward pass needs all processes, so all measure all examples
+    share = examples if uses_fsdp() else examples[state.process_index::state.num_processes]
     sums = torch.tensor(loss_sums(model, share, recipe), dtype=torch.float64, device=state.device)
     nats, count = reduce(sums, "sum").tolist()
     return nats/count
@@ -151,25 +163,33 @@ def skipped_steps(
     return sum(bool(h.get("skipped")) for h in history)
 
 # %% ../nbs/44_train.ipynb #d009b373
+def _argument_class(recipe):
+    "The class of the trainer's arguments, and the values that only TRL has"
+    if uses_fsdp():
+        from transformers import TrainingArguments
+        return TrainingArguments, {}
+    import unsloth # before TRL, which it changes
+    from trl import SFTConfig
+    return SFTConfig, {"max_length": recipe.max_length, "dataset_kwargs": {"skip_prepare_dataset": True}}
+
 def training_arguments(
     recipe:Recipe, # resolved, with the batch of one process
     steps:int, # optimizer steps
-): # TRL's `SFTConfig`
-    "The recipe as arguments of TRL's trainer"
-    import unsloth
-    from trl import SFTConfig
+): # TRL's `SFTConfig`; with FSDP transformers' `TrainingArguments`
+    "The recipe as arguments of the trainer"
     same_names = {"per_device_train_batch_size", "gradient_accumulation_steps",
                   "learning_rate", "warmup_steps",
                   "lr_scheduler_type", "optim", "fp16",
                   "logging_steps", "save_steps", "seed", "output_dir",
-                  "max_length", "report_to", "gradient_checkpointing"}
-    return SFTConfig(**recipe.model_dump(include=same_names), max_steps=steps,
-        bf16=recipe.bf16 and has_cuda(), # on a CPU the precision of the weights is used
+                  "report_to", "gradient_checkpointing"}
+    arguments, of_trl = _argument_class(recipe)
+    return arguments(**recipe.model_dump(include=same_names), **of_trl, max_steps=steps,
+        # on a CPU and with FSDP the precision of the weights is used
+        bf16=recipe.bf16 and has_cuda() and not uses_fsdp(),
         logging_nan_inf_filter=False, # the filter waits for the GPU in each step, and hides a loss that is not finite
         accelerator_config={"non_blocking": has_cuda()}, # do not wait for the copy of a batch to the GPU
         use_cpu=not has_cuda(), ddp_find_unused_parameters=False, # every adapter weight has a gradient
-        train_sampling_strategy="sequential", dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False, save_total_limit=2, disable_tqdm=True,
+        train_sampling_strategy="sequential", remove_unused_columns=False, save_total_limit=2, disable_tqdm=True,
         project="descgen", run_name=Path(recipe.output_dir).name)
 
 # %% ../nbs/44_train.ipynb #3d9481e3
@@ -211,11 +231,32 @@ def _trackers(trainer, recipe):
     kinds = tuple(INTEGRATION_TO_CALLBACK[n] for n in check_trackers(recipe.report_to))
     return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kinds)]
 
+# %% ../nbs/44_train.ipynb #4f5d0001
+def _fsdp_trainer_class():
+    "transformers' trainer, which shards the model with Accelerate when training starts"
+    from accelerate import DistributedType, PartialState
+    from transformers import Trainer
+    class FSDPTrainer(Trainer):
+        def create_accelerator_and_postprocess(self):
+            "Accelerate shards only over GPUs, so on a CPU it is told that its processes have one each"
+            if not has_cuda(): PartialState().distributed_type = DistributedType.MULTI_GPU
+            super().create_accelerator_and_postprocess()
+        def save_model(self, output_dir=None, _internal_call=False):
+            "Save the adapter alone; the trainer would gather the base model too"
+            weights = _adapter_weights(self.model)
+            if self.args.should_save: self._save(output_dir, state_dict=weights)
+    return FSDPTrainer
+
+def _trainer_class():
+    "TRL's trainer; with FSDP transformers', because TRL's loss is a Triton kernel"
+    if uses_fsdp(): return _fsdp_trainer_class()
+    from trl import SFTTrainer
+    return SFTTrainer
+
 # %% ../nbs/44_train.ipynb #79b3ef73
 def _make_trainer(model, tokenizer, packs, recipe, test_examples, callbacks):
-    "TRL's trainer with its data and callbacks"
+    "The trainer with its data and callbacks"
     from transformers import PrinterCallback
-    from trl import SFTTrainer
     share, dataset = _process_share(recipe, packs)
     token_counts = [] # the tokens of each pack, for the speed
     test_loss = _test_loss_callback(model, test_examples, recipe)
@@ -225,7 +266,7 @@ def _make_trainer(model, tokenizer, packs, recipe, test_examples, callbacks):
         "A batch; also stores the token counts of its packs"
         token_counts.extend(len(p["input_ids"]) for p in packs)
         return collate(packs)
-    trainer = SFTTrainer(model=model,
+    trainer = _trainer_class()(model=model,
         args=training_arguments(share, _optimizer_steps(recipe, packs)),
         train_dataset=dataset, processing_class=tokenizer, data_collator=collate_and_count,
         callbacks=[*progress, test_loss, *callbacks])
@@ -335,17 +376,27 @@ def _prepare_restart(model, folder, resume_from):
 
 def _use_best_weights(model, recipe, history):
     "With `keep_best`, load the adapter with the lowest test loss"
-    if not (recipe.keep_best and process_state().is_main_process): return
+    # a sharded adapter is loaded by all processes, another one only where it is saved
+    if not recipe.keep_best or not (uses_fsdp() or process_state().is_main_process): return
     if _best_entry(history):
         load_weights(model, Path(recipe.output_dir)/BEST_WEIGHTS)
     elif _test_entries(history):
         print("The test loss was never finite: the adapter of the last step is used.")
 
+# %% ../nbs/44_train.ipynb #4f5d0002
+def _gather_adapter(model):
+    "Give each process the whole adapter, for saving; a sharded model cannot compute with it"
+    import torch
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.requires_grad: setattr(module, name, torch.nn.Parameter(_whole(weight)))
+
 # %% ../nbs/44_train.ipynb #38889c2f
 def _try_training(resume_from, model, *args):
     "The log of a training; None if memory is too small"
-    from unsloth import FastLanguageModel
-    FastLanguageModel.for_training(model)
+    if not uses_fsdp():
+        from unsloth import FastLanguageModel
+        FastLanguageModel.for_training(model)
     try:
         return _train_from(resume_from, model, *args)
     except (MemoryError, RuntimeError) as e:
@@ -367,12 +418,14 @@ def train(
     "Train the adapter according to the recipe; MemoryError if memory is too small for one pack at a time"
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if process_state().is_main_process: save_adapter_weights(model, folder/INITIAL_WEIGHTS)
+    save_adapter_weights(model, folder/INITIAL_WEIGHTS)
     while (history := _try_training(resume_from, model, tokenizer, packs, recipe, test_examples, callbacks)) is None:
         recipe = _with_smaller_batch(recipe)
         resume_from = _prepare_restart(model, folder, resume_from)
+    process_state().wait_for_everyone() # the main process has written the best weights
     if process_state().is_main_process: (folder/INITIAL_WEIGHTS).unlink()
     _use_best_weights(model, recipe, history)
+    if uses_fsdp(): _gather_adapter(model)
     return history
 
 # %% ../nbs/44_train.ipynb #74af5a9c

@@ -9,7 +9,8 @@ from descgen.sweep import expand_sweep
 DEFAULTS = read_defaults(ROOT/"fine_tune_llama3.ipynb")
 PATHS = sorted((ROOT/"recipes").glob("*.yaml"))
 SWEEP = ROOT/"recipes"/"sweep.yaml"
-RECIPES = [path for path in PATHS if path != SWEEP]
+FSDP = ROOT/"recipes"/"fsdp.yaml" # Accelerate's configuration: tests/test_fsdp.py
+RECIPES = [path for path in PATHS if path not in (SWEEP, FSDP)]
 CARDS = ("t4", "a100", "h200")
 
 def read(path):

@@ -15,10 +15,10 @@ SAMPLE = ROOT/"data"/"sample.jsonl"
 # versions that a table names
 CARD = ("torch", "transformers", "trl", "peft", "unsloth", "bitsandbytes", "xformers")
 
-def add_model_options(parser, with_model=True):
+def add_model_options(parser, with_model=True, models=("llama", "embedded")):
     "The options that most subjects on a GPU have"
     if with_model:
-        parser.add_argument("model", choices=["llama", "embedded"])
+        parser.add_argument("model", choices=models)
     parser.add_argument("work", type=Path, help="folder of the models")
     parser.add_argument("--rows", type=Path, default=SAMPLE)
     parser.add_argument("--small", action="store_true",

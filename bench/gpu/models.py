@@ -1,6 +1,7 @@
-"""Make a model's folder: Llama 3.2 1B's shape with random weights, or the embedded model.
+"""Make a model's folder: the shape of Llama 3.2 1B or Llama 3.1 8B with random weights, or the embedded model.
 
     python -m bench gpu-models llama WORK
+    python -m bench gpu-models llama-8b WORK
 
 The random weights are seeded, and the vocabulary is the real one. It is a process of its own because nothing may
 have patched transformers before.
@@ -23,6 +24,10 @@ LLAMA_1B = dict(
     rope_parameters=dict(rope_type="llama3", rope_theta=500000., factor=32.,
                          low_freq_factor=1., high_freq_factor=4.,
                          original_max_position_embeddings=8192))
+LLAMA_8B = LLAMA_1B | dict(
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128, tie_word_embeddings=False,
+    rope_parameters=LLAMA_1B["rope_parameters"] | dict(factor=8.))
+SHAPES = {"llama": LLAMA_1B, "llama-8b": LLAMA_8B}
 SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2,
              head_dim=16) # for a try without a GPU
@@ -31,7 +36,7 @@ SPECIAL = {128000: "begin_of_text", 128001: "end_of_text",
            128007: "end_header_id", 128008: "eom_id", 128009: "eot_id", 128010: "python_tag"}
 
 def add_options(parser):
-    add_model_options(parser)
+    add_model_options(parser, models=[*SHAPES, "embedded"])
 
 def package_folder(name):
     return Path(importlib.util.find_spec(name).submodule_search_locations[0])
@@ -58,25 +63,25 @@ def llama_tokenizer():
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     return tokenizer
 
-def llama_folder(folder, small=False, seed=42):
-    "A folder with Llama 3.2 1B's shape in random weights; made once"
+def llama_folder(folder, small=False, seed=42, shape=LLAMA_1B):
+    "A folder with a model of a shape in random weights; made once"
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     folder = Path(folder)
     if (folder/"config.json").exists():
         return folder
     torch.manual_seed(seed)
-    config = LlamaConfig(**LLAMA_1B | (SMALL if small else {}), pad_token_id=128004)
+    config = LlamaConfig(**shape | (SMALL if small else {}), pad_token_id=128004)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="4GB")
     llama_tokenizer().save_pretrained(folder)
     return folder
 
 def model_folder(name, work, small=False):
-    "Where a model is: `llama` or `embedded`"
-    if name == "llama":
-        return llama_folder(Path(work)/f"llama{'-small' if small else ''}", small)
+    "Where a model is: `llama`, `llama-8b` or `embedded`"
+    if name in SHAPES:
+        return llama_folder(Path(work)/f"{name}{'-small' if small else ''}", small, shape=SHAPES[name])
     from descgen.model import embedded_model, tiny_model
     return Path(tiny_model(Path(work)/"embedded-small") if small else embedded_model(work))
 
