@@ -7,16 +7,17 @@ __all__ = ['join_processes', 'check_agreement', 'own_log', 'launch_command', 'ru
            'train_recipe', 'main']
 
 # %% ../nbs/46_processes.ipynb #p4600003
-import json, os, re, shutil, signal, subprocess, sys, traceback
-from contextlib import contextmanager, suppress
+import json, os, re, shutil, signal, socket, subprocess, sys, threading, traceback
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from descgen.checkpoints import (describe_differences, prepare_output_dir, run_fingerprint,
     save_adapter)
 from .claims import detect_language
 from .dataset import load_data
-from .files import sha256_file, to_json, update_manifest, write_text
+from .files import load_manifest, sha256_file, to_json, update_manifest, write_text
 from .formatting import encode_rows, template_parts
 from .model import add_lora, has_cuda, load_initial_adapter, load_model, load_weights
 from .packing import Packs
@@ -252,6 +253,68 @@ def _catalogue(data, grounding):
     contents = data.train.select(range(min(200, len(data.train))))["content"]
     return Grounding(language=detect_language(contents))
 
+# %% ../nbs/46_processes.ipynb #p4600047
+_recording = threading.Lock() # the main thread and the one that waits for SIGTERM can fail at the same time
+
+def _error_text(error):
+    "Name and message of an error, with its usual reason if it is about the connection to another process"
+    from torch.distributed import DistError
+    if isinstance(error, DistError) or "gloo" in str(error):
+        error = RuntimeError("another process ended or hangs. Most often it was killed because memory ran out. "
+                             f"The launcher's log names it. {error}")
+    return f"{type(error).__name__}: {error}"
+
+def _record_end(folder, state, error):
+    "Write into the manifest of a training which error ended it, unless another process has done so"
+    with _recording:
+        if load_manifest(folder).get("state") != "running": return
+        if isinstance(error, KeyboardInterrupt):
+            update_manifest(folder, state="interrupted")
+            return
+        process = f"process {state.process_index} of {state.num_processes}, counted from 0"
+        update_manifest(folder, state="failed", failed={"cell": None, "error": f"{_error_text(error)} ({process})"})
+
+# %% ../nbs/46_processes.ipynb #p4600049
+def _end_at_sigterm(numbers, action):
+    "Read the numbers of signals from a socket until it is closed; at SIGTERM call a function and end the process"
+    with numbers:
+        while number := numbers.recv(1):
+            if number[0] != signal.SIGTERM: continue
+            try:
+                action()
+            finally:
+                os._exit(128 + signal.SIGTERM)
+
+@contextmanager
+def _before_sigterm_ends(action):
+    "If SIGTERM arrives, call a function before the process ends, also if the main thread waits for a GPU"
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    threading.Thread(target=_end_at_sigterm, args=(reader, action), daemon=True).start()
+    usual = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(writer.fileno())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, usual[0])
+        signal.set_wakeup_fd(usual[1])
+        writer.close()
+
+# %% ../nbs/46_processes.ipynb #p4600050
+_STOPPED = RuntimeError("stopped by SIGTERM, because another process was killed, most often because memory ran out, "
+                        "or because the job was cancelled")
+
+@contextmanager
+def _recorded(folder, state):
+    "Record in the manifest the error, interruption or SIGTERM that ends a training"
+    record = partial(_record_end, folder, state)
+    takes_signals = threading.current_thread() is threading.main_thread() # Ray trains in another one
+    with _before_sigterm_ends(partial(record, _STOPPED)) if takes_signals else nullcontext():
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as e:
+            record(e)
+            raise
+
 # %% ../nbs/46_processes.ipynb #p4600043
 def train_recipe(
     values:dict, # parameters that differ from the notebook's defaults
@@ -264,12 +327,13 @@ def train_recipe(
     data, grounding = _load_data_once(state, recipe)
     check_agreement(run_fingerprint(recipe, data.file_key))
     resume_from, folder = _begin(state, given, recipe, data.file_key), Path(recipe.output_dir)
-    model, tokenizer, _, history = _train_share(state, recipe, data, grounding, resume_from)
-    if state.is_main_process:
-        adapter = save_adapter(model, tokenizer, folder/"adapter", recipe.model_id, compute_dtype(recipe),
-                               _catalogue(data, grounding))
-        update_manifest(folder, history=history, state="finished",
-                        adapter_sha256=sha256_file(adapter/"adapter_model.safetensors"))
+    with _recorded(folder, state):
+        model, tokenizer, _, history = _train_share(state, recipe, data, grounding, resume_from)
+        if state.is_main_process:
+            adapter = save_adapter(model, tokenizer, folder/"adapter", recipe.model_id, compute_dtype(recipe),
+                                   _catalogue(data, grounding))
+            update_manifest(folder, history=history, state="finished",
+                            adapter_sha256=sha256_file(adapter/"adapter_model.safetensors"))
     return folder
 
 # %% ../nbs/46_processes.ipynb #p4600044

@@ -8,6 +8,7 @@ from conftest import NOTEBOOK, ROOT, environment, start_descgen, write_recipe
 from descgen.files import load_manifest
 
 pytestmark = pytest.mark.multi
+SCRIPT = str(ROOT/"tests"/"process_script.py")
 
 @pytest.fixture
 def recipe(small):
@@ -25,10 +26,10 @@ def train_run(recipe, tmp_path, monkeypatch):
     from descgen import processes
     from descgen.recipe import resolve
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    usual_command, script = processes.launch_command, str(ROOT/"tests"/"process_script.py")
+    usual_command = processes.launch_command
     def start_script(*args):
         *words, _, _, folder, timeout = usual_command(*args)
-        return [*words, script, folder, timeout]
+        return [*words, SCRIPT, folder, timeout]
     monkeypatch.setattr(processes, "launch_command", start_script)
     def train(n, mode="record", **options):
         monkeypatch.setenv("TEST_MODE", mode)
@@ -119,24 +120,32 @@ def test_killed_process_ends_the_run_which_resumes(tmp_path, small):
     manifest = load_manifest(folder)
     assert manifest["state"] == "finished" and manifest["resumed_from"].startswith("checkpoint-")
 
-def start_machine(number, port, recipe, log):
+def start_machine(number, port, recipe, log, mode):
     "Start one of two machines with one process each, which meet at a port of this machine"
     options = ["--num_machines", 2, "--machine_rank", number, "--num_processes", 2,
         "--main_process_ip", "127.0.0.1", "--main_process_port", port,
         "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options,
-        "-m", "descgen.processes", recipe]
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), stdout=log, stderr=log)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options, SCRIPT, recipe]
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(TEST_MODE=mode), stdout=log, stderr=log)
 
-def test_two_machines_train_one_recipe(tmp_path, small):
+def train_on_two_machines(folder, recipe, mode="record"):
+    "Exit statuses, what the machines print, and the manifest"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    recipe = write_recipe(tmp_path/"p.yaml", small | {"output_dir": str(tmp_path/"run"), "max_steps": 3})
-    with open(tmp_path/"log", "w") as log:
-        machines = [start_machine(number, port, recipe, log) for number in range(2)]
-        assert [machine.wait(120) for machine in machines] == [0, 0], (tmp_path/"log").read_text()[-2000:]
-    manifest = load_manifest(tmp_path/"run")
-    assert manifest["state"] == "finished" and len(values(manifest["history"], "loss")) == 3
+    with open(folder/"log", "w") as log:
+        machines = [start_machine(number, port, recipe, log, mode) for number in range(2)]
+        statuses = [machine.wait(120) for machine in machines]
+    return statuses, (folder/"log").read_text(), load_manifest(folder/"run")
+
+def test_job_on_two_machines_that_failed_says_why_and_resumes(tmp_path, small):
+    recipe = write_recipe(tmp_path/"p.yaml", small | {"output_dir": str(tmp_path/"run")})
+    statuses, said, manifest = train_on_two_machines(tmp_path, recipe, "raise")
+    assert statuses == [1, 1] and manifest["state"] == "failed", said[-2000:]
+    assert manifest["failed"]["error"] == "ValueError: no such pack (process 1 of 2, counted from 0)"
+    statuses, said, manifest = train_on_two_machines(tmp_path, recipe)
+    assert statuses == [0, 0] and "Resuming from checkpoint-2" in said, said[-2000:]
+    assert manifest["state"] == "finished" and "failed" not in manifest
+    assert len(values(manifest["history"], "loss")) == 6
     assert (tmp_path/"run"/"adapter"/"adapter_model.safetensors").is_file()
-    assert (tmp_path/"log").read_text().count("training: 100%") == 1, "only process 0 shows the progress"
+    assert said.count("training: 100%") == 1, "only process 0 shows the progress"
