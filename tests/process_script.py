@@ -1,23 +1,21 @@
-"Train as one of several processes; TEST_MODE makes process 1 disagree, start late, raise an error or be killed."
-import json, os, signal, sys, time
+"Train as one of several processes; TEST_MODE makes process 1 disagree, start late or raise an error."
+import json, os, sys, time
 from pathlib import Path
 
 import descgen.train
 from descgen import processes
 
 mode, rank, read = os.environ["TEST_MODE"], os.environ["RANK"], []
+folder = Path(sys.argv[1]).parent # of the recipe or of the run's folder
 usual_collate, usual_check = descgen.train.collate, processes.check_recipe
 
 def recording_collate(packs):
     "A batch; its packs are recorded"
     read.append([pack["input_ids"] for pack in packs])
-    if rank == "1": fail()
+    (folder/f"read-{mode}-{rank}.json").write_text(json.dumps(read))
+    if mode == "raise" and rank == "1" and len(read) == 5: # after the checkpoint of step 1, which has two batches
+        raise ValueError("no such pack")
     return usual_collate(packs)
-
-def fail():
-    "End this process in the fifth batch, after the checkpoint of step 2"
-    if len(read) == 5 and mode == "raise": raise ValueError("no such pack")
-    if len(read) == 5 and mode == "kill": os.kill(os.getpid(), signal.SIGKILL)
 
 def check_other_recipe(values):
     "A recipe with another rank of the adapter"
@@ -29,6 +27,3 @@ if mode == "disagree" and rank == "1":
 if mode == "late" and rank == "1":
     time.sleep(60)
 processes.main(sys.argv[1:])
-path = Path(sys.argv[1]) # of a folder, or of a recipe in it
-folder = path if path.is_dir() else path.parent
-(folder/f"read-{rank}.json").write_text(json.dumps(read))
