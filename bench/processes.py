@@ -8,7 +8,6 @@ the steps between, without the start. The numbers take turns. On a CPU the proce
 they also describe so many titles, and five times as many, with the adapter of the longest training.
 """
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -42,16 +41,11 @@ def make_values(args):
         values["gradient_accumulation_steps"] = args.accumulation or 1
     return values | {"data_path": str(args.data.resolve())}
 
-def environment(n):
-    "Without a GPU, the processes share the cores"
-    import torch
-    threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1)//n))}
-    return os.environ | threads | {"HF_HUB_OFFLINE": "1"}
-
 def run_command(words, n):
     "Run Python with some words to its end; its messages if it fails"
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment(n), capture_output=True,
-        text=True)
+    from descgen.processes import process_environment
+    env = process_environment(n) | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{words} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 

@@ -278,6 +278,7 @@ def _choose_precision(bf16, fp16):
     if has_cuda() and bf16 is False and not fp16:
         raise ValueError("bf16=False, fp16=False: Unsloth trains in 16 bits on a GPU. "
                          "Use bf16='auto', or fp16=True.")
+    if bf16 is False: return bf16, fp16
     native = native_bf16() # a T4 and older processors only emulate bf16
     if bf16 is True and not native:
         raise ValueError("bf16=True: this machine does not compute in bf16. Use bf16='auto'.")
@@ -287,7 +288,8 @@ def _choose_precision(bf16, fp16):
 # %% ../nbs/40_recipe.ipynb #dc7b9a2d
 def _choose_optim(optim):
     "The optimizer; for `auto` the seed recipe's paged 8-bit AdamW on CUDA, PyTorch's fused AdamW otherwise"
-    if optim == "auto": return "paged_adamw_8bit" if has_cuda() else "adamw_torch_fused"
+    automatic = "paged_adamw_8bit" if has_cuda() else "adamw_torch_fused"
+    if optim in ("auto", automatic): return automatic
     from transformers.training_args import OptimizerNames
     names = [o.value for o in OptimizerNames]
     if optim not in names:
@@ -327,10 +329,11 @@ def check_trackers(
     report_to:str|list[str], # a name, several names, or "none"
 )->list[str]: # without "none"
     "The names of the trackers in `report_to`; ValueError if one is not known to the trainer or not installed"
+    names = [n for n in ([report_to] if isinstance(report_to, str) else report_to) if n != "none"]
+    if not names: return []
     import_unsloth()
     from transformers.integrations import integration_utils
     known = integration_utils.INTEGRATION_TO_CALLBACK
-    names = [n for n in ([report_to] if isinstance(report_to, str) else report_to) if n != "none"]
     for name in names:
         if name not in known:
             raise ValueError(f"report_to={name!r} is not known. "

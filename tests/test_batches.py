@@ -3,6 +3,7 @@ import json, signal, time
 from contextlib import suppress
 
 import psutil, pytest
+from typer.testing import CliRunner
 
 from conftest import start_descgen
 
@@ -24,18 +25,28 @@ def adapter(tmp_path_factory):
             torch.nn.init.normal_(weights, std=0.05, generator=torch.Generator().manual_seed(0))
     return save_adapter(model, tokenizer, folder/"adapter", base, "float32")
 
-@pytest.fixture
-def titles(tmp_path):
-    "A file of titles, some of them without a text"
-    rows = [{"uid": f"p{i}", "title": f"Lamp {i}" + " of oak"*(i % 7)} for i in range(N_TITLES)]
+def write_titles(folder, n):
+    "A file of titles, two of them without a text"
+    rows = [{"uid": f"p{i}", "title": f"Lamp {i}" + " of oak"*(i % 7)} for i in range(n)]
     rows[3]["title"], rows[90]["title"] = "", None
-    path = tmp_path/"titles.jsonl"
+    path = folder/"titles.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
+@pytest.fixture
+def titles(tmp_path):
+    return write_titles(tmp_path, N_TITLES)
+
+def words(adapter, titles, output, new_tokens=24):
+    "Of a `descgen generate` command"
+    options = {"adapter": adapter, "input": titles, "output": output, "max-new-tokens": new_tokens, "batch-size": 2}
+    return ["generate", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+
 def start(adapter, titles, output, *more):
-    return start_descgen("generate", "--adapter", adapter, "--input", titles, "--output", output,
-        "--max-new-tokens", 24, "--batch-size", 2, *more)
+    return start_descgen(*words(adapter, titles, output), *more)
+
+def start_two(adapter, titles, output):
+    return start_descgen(*words(adapter, titles, output, 12), "--processes", 2)
 
 def wait_for_lines(process, path, n):
     "Return when a file has some lines; AssertionError if the process ends before"
@@ -70,11 +81,14 @@ def rank_of(process):
         return process.environ().get("RANK")
 
 @pytest.mark.multi
-def test_two_processes_write_what_one_writes_also_if_one_was_killed(tmp_path, adapter, titles):
-    whole, shared = tmp_path/"whole.jsonl", tmp_path/"shared.jsonl"
-    start(adapter, titles, whole).communicate()
-    process = start(adapter, titles, shared, "--processes", 2)
-    wait_for_lines(process, tmp_path/"shared.jsonl.processes"/"part-1.jsonl", 3)
+def test_two_processes_write_what_one_writes_also_if_one_was_killed(tmp_path, adapter):
+    from descgen.cli import app
+    n_titles = 96
+    titles, whole, shared = write_titles(tmp_path, n_titles), tmp_path/"whole.jsonl", tmp_path/"shared.jsonl"
+    done = CliRunner().invoke(app, words(adapter, titles, whole, 12)) # here, where Unsloth is imported already
+    assert done.exit_code == 0, done.output
+    process = start_two(adapter, titles, shared)
+    wait_for_lines(process, tmp_path/"shared.jsonl.processes"/"part-1.jsonl", 2)
     second = next(p for p in psutil.Process(process.pid).children(recursive=True) if rank_of(p) == "1")
     second.kill()
     said = process.communicate(timeout=60)[0]
@@ -82,9 +96,9 @@ def test_two_processes_write_what_one_writes_also_if_one_was_killed(tmp_path, ad
     parts = sorted((tmp_path/"shared.jsonl.processes").glob("part-*.jsonl"))
     rows = [result["number"] for part in parts for line in part.read_text().splitlines()
             for result in json.loads(line).get("results", [])]
-    assert len(set(rows)) == len(rows) < N_TITLES - 2 and not shared.exists()
-    said = start(adapter, titles, shared, "--processes", 2).communicate()[0]
-    assert f"{N_TITLES} rows = {N_TITLES - 2} described + 2 rejected" in said, said[-2000:]
+    assert 0 < len(set(rows)) == len(rows) < n_titles - 2 and not shared.exists()
+    said = start_two(adapter, titles, shared).communicate()[0]
+    assert f"{n_titles} rows = {n_titles - 2} described + 2 rejected" in said, said[-2000:]
     assert shared.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.glob("shared*")) == [
         "shared.jsonl", "shared.rejected.jsonl", "shared.settings.json"]

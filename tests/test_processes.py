@@ -1,89 +1,159 @@
-"""Two processes train what one trains; a process that disagrees, does not start or is killed ends the run with a message."""
-import json, socket, subprocess, sys, time
+"""Two processes train what one trains, also after an error or a kill; a process that disagrees or does not start is named."""
+import json, re, socket, subprocess, sys, time
 from contextlib import suppress
 
 import psutil, pytest
+from safetensors.torch import load_file
 
 from conftest import NOTEBOOK, ROOT, environment, start_descgen, write_recipe
 from descgen.files import load_manifest
 
-pytestmark = pytest.mark.multi
+SCRIPT = str(ROOT/"tests"/"process_script.py")
+PACKS_PER_STEP = 8
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def recipe(small):
     "An epoch whose number of packs is not a multiple of the packs of a step"
     import unsloth, torch
     from descgen.recipe import check_recipe, read_defaults
     torch.set_num_threads(1)
     changed = dict(max_rows=45, max_steps=-1, num_train_epochs=1, per_device_train_batch_size=2,
-        gradient_accumulation_steps=4, loss_on="completion", bf16=False, lora_dropout=0.0, eval_steps=2)
+        gradient_accumulation_steps=4, loss_on="completion", bf16=False, lora_dropout=0.0, eval_steps=2, save_steps=1)
     return check_recipe(read_defaults(NOTEBOOK) | small | changed)
 
-@pytest.fixture
-def train_run(recipe, tmp_path, monkeypatch):
-    "A function that trains a run in `n` processes: its log, model and packs"
+# Runs in this process and in two others
+
+def begin_run(recipe, folder, n):
+    "A run that has taken its folder, its model with adapter, tokenizer, packs and test examples"
     from descgen import processes
-    from descgen.recipe import resolve
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    usual_command, script = processes.launch_command, str(ROOT/"tests"/"process_script.py")
+    from descgen.run import Run
+    run = Run(recipe.model_dump() | {"output_dir": str(folder), "num_processes": n})
+    data = processes.load_data(run.recipe.data_path, run.recipe)
+    run.begin(data)
+    model, tokenizer = processes._load_model_with_adapter(run.recipe)
+    parts = processes.template_parts(tokenizer)
+    packs = processes.Packs(data.train, tokenizer, parts, run.recipe.max_length, run.recipe.loss_on)
+    return run, model, tokenizer, packs, processes._encode_test_rows(data, tokenizer, parts, run.recipe, None)
+
+def use_script(patch, mode, timeout):
+    "Let processes that this one starts run the script, with a mode and a time to wait in seconds"
+    from descgen import processes
+    usual_command = processes.launch_command
     def start_script(*args):
-        *words, _, _, folder, timeout = usual_command(*args)
-        return [*words, script, folder, timeout]
-    monkeypatch.setattr(processes, "launch_command", start_script)
-    def train(n, mode="record", **options):
-        monkeypatch.setenv("TEST_MODE", mode)
-        own = resolve(recipe.model_copy(update={"output_dir": str(tmp_path/str(n)), "num_processes": n}))
-        data = processes.load_data(own.data_path, own)
-        processes.prepare_output_dir(own, own, data.file_key)
-        model, tokenizer = processes._load_model_with_adapter(own)
-        parts = processes.template_parts(tokenizer)
-        packs = processes.Packs(data.train, tokenizer, parts, own.max_length, own.loss_on)
-        if n > 1: return processes.train_in_processes(model, packs, own, **options), model, packs
-        tests = processes._encode_test_rows(data, tokenizer, parts, own, None)
-        return processes.train(model, tokenizer, packs, own, tests), model, packs
-    return train
+        *words, _, _, folder, _ = usual_command(*args)
+        return [*words, SCRIPT, folder, str(timeout)]
+    patch.setattr(processes, "launch_command", start_script)
+    patch.setenv("PYTHONPATH", str(ROOT))
+    patch.setenv("TEST_MODE", mode)
+
+def error_of_two(recipe, folder, mode, timeout=600):
+    "The error of a run in two processes"
+    run, *given = begin_run(recipe, folder, 2)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ChildProcessError) as error:
+        use_script(patch, mode, timeout)
+        run.train(*given)
+    return str(error.value)
+
+# Two machines
+
+def start_machine(number, port, recipe, log, mode):
+    "Start one of two machines with one process each, which meet at a port of this machine"
+    options = ["--num_machines", 2, "--machine_rank", number, "--num_processes", 2,
+        "--main_process_ip", "127.0.0.1", "--main_process_port", port,
+        "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options, SCRIPT, recipe]
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(TEST_MODE=mode), stdout=log, stderr=log)
+
+def train_on_two_machines(recipe, folder, mode):
+    "Exit statuses, what the machines print, and the manifest"
+    path = write_recipe(folder.parent/"recipe.yaml", recipe.model_dump() | {"output_dir": str(folder)})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with open(folder.parent/"log", "w") as log:
+        machines = [start_machine(number, port, path, log, mode) for number in range(2)]
+        statuses = [machine.wait(120) for machine in machines]
+    return statuses, (folder.parent/"log").read_text(), load_manifest(folder)
+
+# A training that fails and is resumed
+
+@pytest.fixture(scope="module")
+def one(recipe, tmp_path_factory):
+    "Log, adapter and packs of one process"
+    from descgen.train import save_adapter_weights
+    folder = tmp_path_factory.mktemp("one")
+    run, *given = begin_run(recipe, folder, 1)
+    history = run.train(*given)
+    save_adapter_weights(given[0], folder/"adapter.safetensors")
+    return history, load_file(folder/"adapter.safetensors"), given[2]
+
+@pytest.fixture(scope="module")
+def two_starts(recipe, tmp_path_factory):
+    "The folder of a job on two machines; its start that fails, and its start that finishes"
+    folder = tmp_path_factory.mktemp("two")/"run"
+    return folder, *(train_on_two_machines(recipe, folder, mode) for mode in ("raise", "record"))
 
 def values(history, name):
     "The values of one name in a log"
     return [float(entry[name]) for entry in history if name in entry]
 
-def largest_difference(model, other):
-    "Between the weights of two adapters"
-    pairs = zip(model.named_parameters(), other.named_parameters(), strict=True)
-    return max((p - q).abs().max().item() for (name, p), (_, q) in pairs if "lora_" in name)
-
-def packs_of_steps(folder, size):
-    "The packs with labels that the processes read in each step, `size` packs per process"
-    read = [json.loads(path.read_text()) for path in sorted(folder.glob("read-*.json"))]
-    n_steps = -(-len(read[0])*len(read[0][0])//size)
+def packs_of_steps(folder, mode):
+    "The packs with labels that both processes read in each step, in any order"
+    read = [json.loads(path.read_text()) for path in sorted(folder.glob(f"read-{mode}-*.json"))]
+    assert len(read) == 2
+    own = PACKS_PER_STEP//2
     flat = [[pack for batch in batches for pack in batch] for batches in read]
-    steps = [[pack for packs in flat for pack in packs[start*size:(start + 1)*size]] for start in range(n_steps)]
+    steps = [[pack for packs in flat for pack in packs[i:i + own]] for i in range(0, len(flat[0]), own)]
     return [sorted(pack for pack in step if pack != [0, 0]) for step in steps]
 
-def test_two_processes_train_what_one_trains(train_run, recipe, tmp_path):
-    one, model, packs = train_run(1)
-    two, other, _ = train_run(2)
-    total, step = packs.per_epoch(), 8
-    assert total % step, "choose another number of rows"
-    differences = [abs(a - b) for name in ("loss", "test_loss")
-                   for a, b in zip(values(one, name), values(two, name), strict=True)]
-    print("largest differences:", max(differences), largest_difference(model, other))
-    assert len(values(one, "loss")) == -(-total//step) and max(differences) < 1e-3
-    assert largest_difference(model, other) < 1e-3
-    expected = [sorted(packs[i]["input_ids"] for i in range(start, min(start + step, total)))
-                for start in range(0, total, step)]
-    assert packs_of_steps(tmp_path/"2", step//2) == expected
+@pytest.mark.multi
+def test_error_of_process_1_is_in_the_manifest(two_starts):
+    statuses, said, manifest = two_starts[1]
+    assert statuses == [1, 1] and manifest["state"] == "failed", said[-2000:]
+    assert manifest["failed"]["error"] == "ValueError: no such pack (process 1 of 2, counted from 0)"
 
-def test_disagreeing_process_is_named(train_run):
+@pytest.mark.multi
+def test_resumed_job_on_two_machines_finishes(two_starts):
+    statuses, said, manifest = two_starts[2]
+    assert statuses == [0, 0] and manifest["state"] == "finished" and "failed" not in manifest, said[-2000:]
+    begun = re.findall(r"training: [^\r\n]*\[00:00<\?", said) # a bar before its first step
+    assert len(begun) == 1, "only process 0 shows the progress"
+
+@pytest.mark.multi
+def test_losses_and_adapter_are_those_of_one_process(one, two_starts):
+    history, adapter, packs = one
+    folder, _, (_, _, manifest) = two_starts
+    total = packs.per_epoch()
+    assert total % PACKS_PER_STEP, "choose another number of rows"
+    steps = [entry["step"] for entry in manifest["history"] if "loss" in entry]
+    assert steps == list(range(1, 1 - (-total//PACKS_PER_STEP)))
+    for name in ("loss", "test_loss"):
+        assert values(manifest["history"], name) == pytest.approx(values(history, name), abs=1e-3)
+    trained = load_file(folder/"adapter"/"adapter_model.safetensors")
+    assert trained.keys() == adapter.keys()
+    assert max((trained[name] - adapter[name]).abs().max().item() for name in adapter) < 1e-3
+
+@pytest.mark.multi
+def test_each_start_reads_the_packs_of_one_process(one, two_starts):
+    packs, folder = one[2], two_starts[0]
+    ids = [packs[i]["input_ids"] for i in range(packs.per_epoch())]
+    steps = [sorted(ids[i:i + PACKS_PER_STEP]) for i in range(0, len(ids), PACKS_PER_STEP)]
+    first, last = (packs_of_steps(folder.parent, mode) for mode in ("raise", "record"))
+    assert first[:2] == steps[:2]
+    assert 0 < len(last) < len(steps) and last == steps[-len(last):]
+
+@pytest.mark.multi
+def test_disagreeing_process_is_named(recipe, tmp_path):
     message = "Process 1 has another recipe or data than process 0: r 8 in process 1, 16 in process 0"
-    with pytest.raises(ChildProcessError, match=message):
-        train_run(2, "disagree")
+    assert message in error_of_two(recipe, tmp_path/"run", "disagree")
 
-def test_process_that_does_not_start_is_a_timeout(train_run):
+@pytest.mark.multi
+def test_process_that_does_not_start_is_a_timeout(recipe, tmp_path):
     start = time.time()
-    with pytest.raises(ChildProcessError, match="Not all of 2 processes started within 3 seconds"):
-        train_run(2, "late", timeout=3)
+    assert "Not all of 2 processes started within 1 seconds" in error_of_two(recipe, tmp_path/"run", "late", timeout=1)
     assert time.time() - start < 55
+
+# The command
 
 def process_of_rank(parent, rank):
     "The training process of a rank; None if it has not started"
@@ -100,43 +170,22 @@ def wait_for(condition, seconds=120):
         time.sleep(0.05)
     raise TimeoutError
 
+@pytest.mark.slow
 def test_killed_process_ends_the_run_which_resumes(tmp_path, small):
-    long = small | dict(max_steps=30, save_steps=1, eval_steps=30, n_titles=0, eval_rows=2, lora_dropout=0.0)
+    long = small | dict(max_steps=12, save_steps=1, eval_steps=12, n_titles=0, eval_rows=2, lora_dropout=0.0)
     root, recipe = tmp_path/"runs", write_recipe(tmp_path/"p.yaml", long)
     run = start_descgen("run", "-f", recipe, "--processes", 2, "--root", root)
-    wait_for(lambda: [*root.glob("2*/checkpoint-[3-9]/seal.json")])
-    killed = time.time()
+    wait_for(lambda: [*root.glob("2*/checkpoint-[2-9]/seal.json")])
     process_of_rank(run, 1).kill()
     said = run.communicate(timeout=60)[0]
-    print("seconds until the run had ended:", round(time.time() - killed, 1))
     folder, = root.glob("2*")
     manifest = load_manifest(folder)
     assert run.returncode == 1 and manifest["state"] == "failed", said[-2000:]
     assert "Process 1 of 2 (counted from 0) was killed (SIGKILL)" in manifest["failed"]["error"], said[-2000:]
     assert "rank-1.log" in said and f"descgen resume {folder.name}" in said, said[-2000:]
     resumed = start_descgen("resume", folder.name, "--root", root)
-    assert resumed.wait() == 0, resumed.stdout.read()[-2000:]
+    said = resumed.communicate()[0]
+    assert resumed.returncode == 0, said[-2000:]
     manifest = load_manifest(folder)
-    assert manifest["state"] == "finished" and manifest["resumed_from"].startswith("checkpoint-")
-
-def start_machine(number, port, recipe, log):
-    "Start one of two machines with one process each, which meet at a port of this machine"
-    options = ["--num_machines", 2, "--machine_rank", number, "--num_processes", 2,
-        "--main_process_ip", "127.0.0.1", "--main_process_port", port,
-        "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options,
-        "-m", "descgen.processes", recipe]
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), stdout=log, stderr=log)
-
-def test_two_machines_train_one_recipe(tmp_path, small):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    recipe = write_recipe(tmp_path/"p.yaml", small | {"output_dir": str(tmp_path/"run"), "max_steps": 3})
-    with open(tmp_path/"log", "w") as log:
-        machines = [start_machine(number, port, recipe, log) for number in range(2)]
-        assert [machine.wait(120) for machine in machines] == [0, 0], (tmp_path/"log").read_text()[-2000:]
-    manifest = load_manifest(tmp_path/"run")
-    assert manifest["state"] == "finished" and len(values(manifest["history"], "loss")) == 3
-    assert (tmp_path/"run"/"adapter"/"adapter_model.safetensors").is_file()
-    assert (tmp_path/"log").read_text().count("training: 100%") == 1, "only process 0 shows the progress"
+    assert manifest["state"] == "finished" and f"Resuming from {manifest['resumed_from']}" in said, said[-2000:]
+    assert [entry["step"] for entry in manifest["history"] if "loss" in entry] == list(range(1, 13))
