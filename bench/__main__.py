@@ -21,7 +21,7 @@ SUBJECTS = { # name → module
     "tables": "tables",
     "gpu": "gpu.all", "gpu-models": "gpu.models",
     "gpu-speed": "gpu.speed", "gpu-compiled": "gpu.compiled", "gpu-write": "gpu.write",
-    "gpu-hours": "gpu.hours",
+    "gpu-hours": "gpu.hours", "gpu-texts": "gpu.texts",
     "gpu-precision": "gpu.precision", "gpu-rounding": "gpu.rounding", "gpu-proofs": "gpu.proofs",
     "gpu-notebook": "gpu.notebook", "gpu-fallbacks": "gpu.fallbacks"}
 

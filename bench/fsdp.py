@@ -22,7 +22,7 @@ from .measure import ROOT, peak_memory_gb, run_child, save_result
 START = time.monotonic()
 VALUES = dict(warmup_steps=0, lr_scheduler_type="constant", lora_dropout=0, logging_steps=1, eval_rows=2,
     eval_steps=10**6, save_steps=10**6, overwrite=True)
-GPU = dict(bf16=True, max_length=1024, per_device_train_batch_size=4, learning_rate=3e-3)
+GPU = dict(bf16=True, max_length=1024, per_device_train_batch_size=4, learning_rate=3e-4)
 SMALL = dict(bf16=False, max_length=128, per_device_train_batch_size=4, learning_rate=3e-2)
 MARK = "bench fsdp" # in the lines of a training that are shown
 

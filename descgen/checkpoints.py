@@ -206,9 +206,9 @@ def _replace_folder(new, final):
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/43_checkpoints.ipynb #88b10d90
-def _write_settings(folder, dtype, grounding):
+def _write_settings(model, folder, dtype, grounding):
     "Write what `load_adapter` needs, and copy the index of sources"
-    settings = {"dtype": dtype} if dtype else {}
+    settings = {"dtype": dtype, "load_in_4bit": bool(getattr(model, "is_loaded_in_4bit", False))} if dtype else {}
     if grounding:
         settings["language"] = grounding.language
     if grounding and grounding.sources:
@@ -226,7 +226,7 @@ def _write_adapter(model, tokenizer, folder, model_id, dtype, grounding):
     config["base_model_name_or_path"] = model_id
     write_text(folder/"adapter_config.json", json.dumps(config, indent=2) + "\n")
     write_text(folder/"README.md", _model_card(model_id))
-    _write_settings(folder, dtype, grounding)
+    _write_settings(model, folder, dtype, grounding)
     for path in folder.rglob("*"):
         if path.is_file(): flush_to_disk(path)
 

@@ -74,7 +74,7 @@ class Describer:
         sources:int|str="auto", # sources per title; "auto": as in training; 0: none
         *,
         max_seq_length:int=2048, # maximum length of prompt and answer together, in tokens
-        load_in_4bit:bool|str="auto", # load the base in 4 bits; "auto": on a CUDA device
+        load_in_4bit:bool|str="auto", # load the base in 4 bits; "auto": as in training, see `load_adapter`
         base:str|None=None, # another base than the one that the adapter names
         dtype:str|None=None, # "bfloat16", "float16" or "float32"; None: as in training
         loaded:tuple|None=None, # a model and its tokenizer to write with; None: the base and the adapter

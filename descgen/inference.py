@@ -19,7 +19,7 @@ from .model import has_cuda, load_model, native_bf16, read_adapter_config, resol
 def read_settings(
     folder:str|Path, # of the adapter
 )->dict: # {} if nothing is stored
-    "What `save_adapter` stored: `dtype`, `sources`, `sources_hash`, `language` and `claim_probability`"
+    "What `save_adapter` stored: `dtype`, `load_in_4bit`, `sources`, `sources_hash`, `language` and `claim_probability`"
     path = Path(folder)/"descgen.json"
     if not path.is_file(): return {}
     try:
@@ -40,6 +40,11 @@ def _training_settings(folder):
         "It is loaded in the machine's default precision.")
     return template, None
 
+def _choose_4bit(folder, load_in_4bit):
+    "Whether the base is loaded in 4 bits: as in training, if that is stored"
+    if load_in_4bit == "auto" and read_settings(folder).get("load_in_4bit") is False: return False
+    return resolve_4bit(load_in_4bit)
+
 # %% ../nbs/50_inference.ipynb #5c2a1a39
 def _add_adapter(model, folder):
     "A base with its adapter; RuntimeError or ValueError if the adapter does not fit"
@@ -59,7 +64,7 @@ def _add_adapter(model, folder):
 def load_adapter(
     folder:str|Path, # written by `save_adapter`
     max_seq_length:int=2048, # maximum length of prompt and answer together, in tokens
-    load_in_4bit:bool|str="auto", # load the base in 4 bits; "auto": on a CUDA device
+    load_in_4bit:bool|str="auto", # load the base in 4 bits; "auto": on a CUDA device, if it was so in training
     base:str|None=None, # another base than the one that the adapter names
     dtype:str|None=None, # "bfloat16", "float16" or "float32"; None: as in training
 ): # the model, ready to generate, and its tokenizer
@@ -68,7 +73,7 @@ def load_adapter(
     from descgen.layers import layer_device, patch_model
     trained_on = read_adapter_config(folder)["base_model_name_or_path"]
     template, trained_dtype = _training_settings(folder)
-    base, dtype, in_4bit = base or trained_on, dtype or trained_dtype, resolve_4bit(load_in_4bit)
+    base, dtype, in_4bit = base or trained_on, dtype or trained_dtype, _choose_4bit(folder, load_in_4bit)
     model, tokenizer = load_model(base, max_seq_length, in_4bit, dtype, template=template)
     try:
         model = _add_adapter(model, folder)
