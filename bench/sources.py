@@ -5,8 +5,10 @@
 For each way and seed the embedded model is fine-tuned and describes all test titles, greedily, in a process of its own;
 its texts are kept, so that an interrupted measurement goes on. `title` is the seed's way; `sources` has similar
 products in the prompt; `supported` also learns only supported sentences. `anywhere` drops from the texts of `supported`
-each sentence with an unsupported claim, `verified` also each one with an unlikely claim of a source, `strict` each one
-whose claims are not in the title or in all sources. The other ways change settings of these. The measures are those of
+each sentence with an unsupported claim, `strict` each one whose claims are not in the title or in all sources.
+`verified` are the texts of `describe_verified`: a sentence with an unsupported claim, or with an unlikely claim of a
+source, is written again, and left out if that does not help. Files of texts from before have none of these: there such
+sentences are only left out. The other ways change settings of these. The measures are those of
 `descgen.metrics`. Intervals: paired bootstrap over test titles, with the mean of the seeds.
 """
 import json
@@ -47,6 +49,7 @@ CHECKED = { # texts that are checked after they were written: way, and settings 
     "anywhere": ("supported", {"min_probability": 0.0}), "verified": ("supported", {}),
     "strict": ("supported", {"strict": True}), "cosine_verified": ("cosine", {}), "pairs_verified": ("pairs", {}),
     "r64_verified": ("supported_r64", {}), "pairs_r64_verified": ("pairs_r64", {})}
+WRITTEN_AGAIN = {way for way, settings in CHECKED.values() if not settings} # ways that are verified while they write
 SAME_WAY = [name for name, (way, _) in CHECKED.items() if way == "supported"]
 MAIN = ("title", "sources", "supported")
 BASES = {"title": "base", "sources": "base_sources"} # ways whose prompts the base model answers too
@@ -74,6 +77,7 @@ LABELS = {"nearest": "nearest title's description", "base": "base model", "base_
           "r64_verified": "the same, verified (rank 64)",
           "pairs_r64": "the same, each row with three pairs of its sources, two epochs (rank 64)",
           "pairs_r64_verified": "the same, verified (pairs, rank 64)"}
+LABEL_WRITTEN_AGAIN = "the same, verified: sentences with unsupported or unlikely claims written again or left out"
 COMPARED = ("nearest", "base", "base_sources", "title", "sources", "supported", *SAME_WAY,
             "cosine", "cosine_verified")
 NAMES = ("abt", "three", "small", "sample", "books")
@@ -183,12 +187,24 @@ def masked_packs(data, tokenizer, parts, grounding, seed):
         return {**example, "labels": labels}
     return Masked(data.train, tokenizer, parts, 1024, "completion", seed=seed, grounding=grounding)
 
+def greedy_sampling(new_tokens):
+    "Settings of all texts"
+    from descgen.inference import Sampling
+    return Sampling(new_tokens, greedy=True, batch_size=75)
+
 def write_texts(model, tokenizer, rows, parts, new_tokens, tried=None):
     "A greedy text for each row"
-    from descgen.inference import Sampling, describe
+    from descgen.inference import describe
     titles, found = [marked(row, tried)["title"] for row in rows], [row.get("sources", []) for row in rows]
-    sampling = Sampling(new_tokens, greedy=True, batch_size=75)
-    return describe(model, tokenizer, titles, parts, sampling, found, progress=False)
+    return describe(model, tokenizer, titles, parts, greedy_sampling(new_tokens), found, progress=False)
+
+def write_verified(model, tokenizer, rows, parts, new_tokens, checks):
+    "A verified text for each row: the draft is greedy, and sentences are written again or left out"
+    from descgen.verified import describe_verified
+    titles, found = [row["title"] for row in rows], [row["sources"] for row in rows]
+    written = describe_verified(model, tokenizer, titles, parts, greedy_sampling(new_tokens), found, checks,
+                                progress=False)
+    return [one.text for one in written]
 
 def prompt_tokens(rows, tokenizer, parts):
     "The mean number of tokens of the prompts"
@@ -223,6 +239,9 @@ def train_and_write(args, way, seed):
     found["steps"] = found.pop("history")[-1]["step"]
     def write(): found["texts"] = write_texts(model, tokenizer, rows, parts, args.new_tokens, tried)
     found["writing_seconds"] = seconds(write)
+    if way in WRITTEN_AGAIN:
+        checks = prepare_checks(args, *read_language(args))
+        found["verified"] = write_verified(model, tokenizer, rows, parts, args.new_tokens, checks)
     return found
 
 def options_of(args): return {name: getattr(args, name) for name in
@@ -282,6 +301,12 @@ def with_intervals(name, sums, draws):
                 found[m][other] = paired_bootstrap(own[m], sums[other][m], draws)
     return found | {"facts": float(own["false_claims"][:, 1].mean())}
 
+def read_language(args):
+    "The language of the rows, and their common words"
+    from descgen.claims import common_words, detect_language
+    contents = [row["content"] for row in read_jsonl(joined_path(args))]
+    return detect_language(contents), frozenset(common_words(contents))
+
 def prepare_checks(args, language, common):
     "The checks of a catalogue, with the probabilities of claims fitted on its training rows"
     from descgen.dataset import load_data
@@ -297,19 +322,29 @@ def checked_texts(texts, rows, checks):
     from descgen.verified import verify
     return [[verify(text, row["title"], row["sources"], checks).text for text, row in zip(one, rows)] for one in texts]
 
+def add_checked_texts(texts, verified, rows, checks):
+    "Add the texts of the checked systems; without verified texts of a way, sentences are only left out"
+    for name, (way, settings) in CHECKED.items():
+        if way in verified and not settings:
+            texts[name] = verified[way]
+        elif way in texts:
+            texts[name] = checked_texts(texts[way], rows, replace(checks, **settings))
+
 def collect(args):
-    "System → a list of texts per seed, the test rows with two sources, what each way costs, and the machine"
-    texts, rows, costs = {}, None, {}
+    "System → a list of texts per seed, way → verified texts, the test rows with two sources, costs, and the machine"
+    texts, verified, rows, costs = {}, {}, None, {}
     for way in args.ways:
         found = [json.loads(path_of(args, way, seed).read_text(encoding="utf-8")) for seed in args.seeds]
         texts[way] = [one["texts"] for one in found]
+        if all("verified" in one for one in found):
+            verified[way] = [one["verified"] for one in found]
         costs[way] = {name: sum(one[name] for one in found)/len(found)
                       for name in ("prompt_tokens", "steps", "training_seconds", "writing_seconds")}
         if way in BASES:
             texts[BASES[way]] = [found[0]["base"]]
         if WAYS[way].get("sources") == 2 and "source_chars" not in WAYS[way] and "try" not in WAYS[way]:
             rows = found[0]["rows"]
-    return texts, rows, costs, {name: found[0][name] for name in ("machine", "versions")}
+    return texts, verified, rows, costs, {name: found[0][name] for name in ("machine", "versions")}
 
 def run(args):
     if args.worker:
@@ -326,21 +361,16 @@ def run(args):
 
 def summarise(args):
     "Measure all texts and store the result"
-    from descgen.claims import common_words, detect_language
     from descgen.metrics import bootstrap_resamples
-    texts, rows, costs, where = collect(args)
-    contents = [row["content"] for row in read_jsonl(joined_path(args))]
-    language, common = detect_language(contents), frozenset(common_words(contents))
+    texts, verified, rows, costs, where = collect(args)
+    language, common = read_language(args)
     texts["nearest"] = [[row["sources"][0]["content"] if row["sources"] else "" for row in rows]]
-    checks = prepare_checks(args, language, common)
-    for name, (way, settings) in CHECKED.items():
-        if way in texts:
-            texts[name] = checked_texts(texts[way], rows, replace(checks, **settings))
+    add_checked_texts(texts, verified, rows, prepare_checks(args, language, common))
     sums = {name: sums_of(own, rows, language, common) for name, own in texts.items()}
     draws = bootstrap_resamples(len(rows))
     found = {name: with_intervals(name, sums, draws) for name in LABELS if name in sums}
     summary = {"titles": len(rows), "language": language, "options": options_of(args) | {"seeds": args.seeds},
-               "systems": found, "costs": costs}
+               "systems": found, "costs": costs, "written_again": sorted(verified)}
     save_result(args.results, f"sources-{args.name}", summary, None, len(args.seeds), "mean", where)
 
 def cell(found, other):
@@ -352,10 +382,16 @@ def cell(found, other):
 
 HEAD = ("", "chrF", "false claims, %", "unsupported claims, %", "claim recall, %")
 
+def label_of(name, summary):
+    "What a table calls a system; results from before have no texts that were written again"
+    if name == "verified" and CHECKED[name][0] in summary.get("written_again", ()):
+        return LABEL_WRITTEN_AGAIN
+    return LABELS[name]
+
 def main_table(summary):
     "The systems that are compared, with intervals of the differences to the nearest description"
     systems = {name: found for name, found in summary["systems"].items() if name in COMPARED}
-    rows = [[LABELS[name], *(cell(found[m], "nearest") for m in MEASURES), f"{found['facts']:.1f}"]
+    rows = [[label_of(name, summary), *(cell(found[m], "nearest") for m in MEASURES), f"{found['facts']:.1f}"]
             for name, found in systems.items()]
     return markdown_table([*HEAD, "figures per text"], rows)
 
@@ -367,7 +403,8 @@ def title_table(summary):
             return ""
         return f"{found['difference']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
     systems = [name for name in ("sources", "supported", *SAME_WAY) if name in summary["systems"]]
-    rows = [[LABELS[name], *(difference(summary["systems"][name][m]["title"]) for m in MEASURES)] for name in systems]
+    rows = [[label_of(name, summary), *(difference(summary["systems"][name][m]["title"]) for m in MEASURES)]
+            for name in systems]
     return markdown_table(["minus fine-tuned on titles", *HEAD[1:]], rows)
 
 def ablation_table(summary):
@@ -378,7 +415,7 @@ def ablation_table(summary):
             continue
         cost = summary["costs"].get(name) # none of texts that are only checked
         costs = [f"{cost[what]:.0f}" for what in ("prompt_tokens", "steps", "training_seconds")] if cost else [""]*3
-        rows.append([LABELS[name], *(cell(found[m], "supported") for m in MEASURES), *costs])
+        rows.append([label_of(name, summary), *(cell(found[m], "supported") for m in MEASURES), *costs])
     return markdown_table([*HEAD, "tokens per prompt", "steps", "training, s"], rows)
 
 def tables(read):

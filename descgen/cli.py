@@ -239,7 +239,7 @@ Fill = Annotated[bool, typer.Option("--fill",
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output")]
 Writers = Annotated[int, typer.Option(min=1, help="Processes that write, one per GPU")]
 Greedy = Annotated[bool, typer.Option("--greedy",
-    help="Take the most likely token instead of sampling")]
+    help="Take the most likely token; only sentences that are written again are sampled")]
 BatchSize = Annotated[int|None, typer.Option(min=1,
     help="Most texts at a time; else 32, and on a GPU 1024, or as many as its memory holds")]
 Verify = Annotated[bool|None, typer.Option("--verify/--no-verify",

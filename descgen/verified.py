@@ -261,12 +261,13 @@ def _record_tokens(writing, tokenizer, new):
 
 # %% ../nbs/51_verified.ipynb #c51045
 def _write_again(model, tokenizer, writings, sampling):
-    "Replace the drafts by new continuations of the kept texts, all in one call"
+    "Replace the drafts by sampled continuations of the kept texts, all in one call"
     import torch
+    sampled = replace(sampling, greedy=False)
     kept = [text_ids(tokenizer, writing.kept) for writing in writings]
     prompts = [writing.prompt + ids for writing, ids in zip(writings, kept)]
-    noise = torch.stack([_round_noise(writing, sampling) for writing in writings])
-    longest = replace(sampling, max_new_tokens=max(map(_room, writings)))
+    noise = torch.stack([_round_noise(writing, sampled) for writing in writings])
+    longest = replace(sampled, max_new_tokens=max(map(_room, writings)))
     completions = complete(model, tokenizer, prompts, longest, noise=noise, progress=False)
     for writing, before, new in zip(writings, kept, completions):
         new = new[:_room(writing)]
@@ -277,7 +278,6 @@ def _write_again(model, tokenizer, writings, sampling):
 def _begin(tokenizer, titles, parts, sampling, sources, checks, keys=None):
     "The texts to be written, with their prompts"
     sources = [()]*len(titles) if sources is None else sources
-    if sampling.greedy: checks = replace(checks, attempts=0)
     shared = {"budget": sampling.max_new_tokens, "count": lambda text: len(text_ids(tokenizer, text))}
     return [_Writing(title, own, checks, prompt=prompt_ids(title, tokenizer, parts, own), index=key, **shared)
             for key, title, own in zip(keys or range(len(titles)), titles, sources, strict=True)]

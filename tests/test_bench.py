@@ -1,7 +1,9 @@
 """The measurements of `bench` start, and the page shows their results."""
+import json
 import re
 import subprocess
 import sys
+from argparse import ArgumentParser
 
 import pytest
 
@@ -50,6 +52,38 @@ def test_every_way_of_sources_has_a_label():
     from bench.sources import CHECKED, LABELS, WAYS
     assert {*WAYS, *CHECKED} <= {*LABELS}
     assert {way for way, _ in CHECKED.values()} <= {*WAYS}
+
+def sources_files(folder, with_verified):
+    "Files of texts of the way `supported` with two seeds, and the options that find them"
+    from bench.sources import add_options, path_of
+    parser = ArgumentParser()
+    add_options(parser)
+    options = ["rows.jsonl", "--name", "a", "--ways", "supported", "--seeds", "1", "2"]
+    args = parser.parse_args(options)
+    found = {name: 1 for name in ("prompt_tokens", "steps", "training_seconds", "writing_seconds")}
+    found |= {"texts": ["It is red. It weighs 9 kg."], "machine": {}, "versions": {},
+              "rows": [{"title": "Pot", "sources": []}]}
+    for seed, has_verified in zip(args.seeds, with_verified):
+        path = path_of(args, "supported", seed)
+        path.parent.mkdir(exist_ok=True)
+        more = {"verified": [f"It is light, {seed}."]} if has_verified else {}
+        path.write_text(json.dumps(found | more), encoding="utf-8")
+    return args
+
+@pytest.mark.parametrize("with_verified", [(True, True), (True, False), (False, False)])
+def test_sources_take_verified_texts_or_leave_sentences_out(with_verified, tmp_path, monkeypatch):
+    from bench import sources
+    from descgen.verified import Checks
+    monkeypatch.setattr(sources, "SCRATCH", tmp_path)
+    texts, verified, rows, *_ = sources.collect(sources_files(tmp_path, with_verified))
+    sources.add_checked_texts(texts, verified, rows, Checks())
+    written_again = [["It is light, 1."], ["It is light, 2."]]
+    left_out = [["It is red."]]*2
+    assert texts["verified"] == (written_again if all(with_verified) else left_out)
+    assert texts["anywhere"] == texts["strict"] == left_out
+    is_new = sources.label_of("verified", {"written_again": [*verified]}) == sources.LABEL_WRITTEN_AGAIN
+    assert is_new == all(with_verified)
+    assert sources.label_of("verified", {}) == sources.LABELS["verified"]
 
 def test_page_shows_the_results():
     page, tables = README.read_text(encoding="utf-8"), all_tables(RESULTS)
