@@ -1,4 +1,4 @@
-"""Two processes train what one trains, also after an error or a kill; a process that disagrees or does not start is named."""
+"""Two processes train what one trains, also after an error or a kill; a process that does not fit is named."""
 import json, re, socket, subprocess, sys, time
 from contextlib import suppress
 
