@@ -63,6 +63,7 @@ def block_mask(
     return BlockMask.from_kv_blocks(number.int()[None, None], blocks.int()[None, None], BLOCK_SIZE=size,
         mask_mod=is_allowed, seq_lengths=(len(example), len(example)))
 
+# %% ../nbs/36_compiled.ipynb #36b10c05
 def example_mask(
     position_ids:torch.Tensor, # of a batch in which each example starts at 0
 ): # a `BlockMask` on a GPU, a boolean tensor on a CPU
@@ -81,6 +82,7 @@ class Projection(NamedTuple):
     weight: torch.Tensor|None # the base's weights, below one another
     fp8: tuple|None = None # the same in 8 bits, from `quantize_weight`
 
+# %% ../nbs/36_compiled.ipynb #36b10c07
 class JoinedProduct(torch.autograd.Function):
     "Base and adapter as one product: `[x, xA]·[W, B]ᵀ`"
     @staticmethod
@@ -95,6 +97,7 @@ class JoinedProduct(torch.autograd.Function):
         xA, weight, B = ctx.saved_tensors
         return grad @ weight, grad @ B, None, grad.T @ xA
 
+# %% ../nbs/36_compiled.ipynb #36b10c0c
 def scaled_A(
     projection:Projection,
     dtype, # of the activations
@@ -192,6 +195,7 @@ class SwiGLU(torch.autograd.Function):
         grad_gate = grad*up*sigmoid*(1 + gate*(1 - sigmoid))
         return grad_gate, grad*gate*sigmoid, grad_yA.T @ y
 
+# %% ../nbs/36_compiled.ipynb #36b10c0d
 def attend(q, k, v, mask):
     "Attention of one batch; each head of keys serves several heads of queries"
     if isinstance(mask, BlockMask):
