@@ -331,7 +331,7 @@ def add_checked_texts(texts, verified, rows, checks):
             texts[name] = checked_texts(texts[way], rows, replace(checks, **settings))
 
 def collect(args):
-    "System → a list of texts per seed, way → verified texts, the test rows with two sources, costs, and the machine"
+    "System → a list of texts per seed, way → verified texts, test rows with two sources, costs, and the machine"
     texts, verified, rows, costs = {}, {}, None, {}
     for way in args.ways:
         found = [json.loads(path_of(args, way, seed).read_text(encoding="utf-8")) for seed in args.seeds]

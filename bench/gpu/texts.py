@@ -3,9 +3,9 @@
     python -m bench gpu-texts ADAPTER                      # all ways; vLLM's only where it is installed
     python -m bench gpu-texts ADAPTER --ways vllm-float32
 
-All are compared with transformers' `generate` on the merged model in float32, one title at a time. Each way is a process
-of its own. In 16 bits two tokens that are nearly as likely change places, so a text can differ from there on; in float32
-the texts should be equal.
+All are compared with transformers' `generate` on the merged model in float32, one title at a time. Each way is a
+process of its own. In 16 bits two tokens that are nearly as likely change places, so a text can differ from there on;
+in float32 the texts should be equal.
 """
 import importlib.util
 import statistics
