@@ -210,6 +210,7 @@ def _open_describer(adapter, engine, options):
     from descgen.vllm import vllm_describer
     return vllm_describer(adapter, **{name: value for name, value in options.items() if value is not None})
 
+# %% ../nbs/90_cli.ipynb #290db9ef
 def _generate(adapter, input, output, settings, engine, options, processes):
     "Load the adapter and describe the input; progress goes to standard error"
     import contextlib
@@ -227,6 +228,13 @@ def _generate(adapter, input, output, settings, engine, options, processes):
         overwrite = options.pop("overwrite")
         describer = _open_describer(adapter, engine, options)
         return generate(describer, input, output, settings, overwrite=overwrite)
+
+# %% ../nbs/90_cli.ipynb #cfd04ee0
+def _outcome_text(outcome, as_json):
+    "Numbers of rows and the output's path, as text or JSON"
+    if not as_json: return f"{outcome}\n{outcome.output}"
+    from dataclasses import asdict
+    return to_json(asdict(outcome) | {"output": str(outcome.output), "rejected": outcome.rejected})
 
 # %% ../nbs/90_cli.ipynb #899f7b08
 Output = Annotated[Path, typer.Option(help="The file to write: .jsonl, .csv, .tsv or .parquet")]
@@ -274,9 +282,7 @@ def generate(
             strict=strict, title_field=title_field, content_field=content_field, encoding=encoding)
         options = {"sources": "auto" if sources is None else sources, "dtype": dtype, "overwrite": overwrite}
         outcome = _generate(adapter, titles, output, settings, engine, options, processes)
-    from dataclasses import asdict
-    shown = {**asdict(outcome), "output": str(outcome.output), "rejected": outcome.rejected}
-    typer.echo(to_json(shown) if as_json else f"{outcome}\n{output}")
+    typer.echo(_outcome_text(outcome, as_json))
 
 # %% ../nbs/90_cli.ipynb #6435e374
 @app.command("serve")

@@ -338,8 +338,9 @@ def _training_forward(inner, loss, length, usual):
     return forward
 
 # %% ../nbs/36_compiled.ipynb #5f8c0d29
-MEMORY_BUDGET = 0.9 # of the memory for activations that PyTorch would use: what is cheap is computed again. In 8 bits it
-                    # would compute attention again, too, so there is no budget
+# of the memory for activations that PyTorch would use: what is cheap is computed again. Not in 8 bits, where attention
+# would be computed again, too
+MEMORY_BUDGET = 0.9
 
 @contextmanager
 def compiled_training(

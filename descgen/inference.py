@@ -29,6 +29,7 @@ def read_settings(
     if isinstance(settings, dict): return settings
     raise ValueError(f"{path} is damaged. Copy the adapter's folder again.")
 
+# %% ../nbs/50_inference.ipynb #d45c6b7f
 def _training_settings(folder):
     "Chat template and precision of an adapter's training; None if not stored or not supported by this machine"
     template_file = Path(folder)/"chat_template.jinja"

@@ -88,6 +88,7 @@ def import_unsloth():
     "Import Unsloth, before the libraries that it changes; with FSDP they stay as they are"
     if not uses_fsdp(): import unsloth
 
+# %% ../nbs/33_model.ipynb #2a543dba
 def native_bf16()->bool:
     "Whether this machine computes in bf16; other machines emulate it, many times slower than float32"
     import torch
@@ -219,6 +220,7 @@ def _load_with_unsloth(source, max_seq_length, load_in_4bit, dtype):
         load_in_4bit=load_in_4bit, dtype=getattr(torch, dtype) if dtype else None,
         token=os.environ.get("HF_TOKEN"))
 
+# %% ../nbs/33_model.ipynb #6e193beb
 def _load_plain(source, dtype):
     "Model and tokenizer of transformers' own classes, to be sharded; only the first process reads the weights"
     import torch
@@ -235,7 +237,6 @@ def _load_plain(source, dtype):
         model.tie_weights()
     model.config.use_cache = False # with a cache, the mask would not
     return model, AutoTokenizer.from_pretrained(source, token=token)
-
 
 # %% ../nbs/33_model.ipynb #b15b8782
 def load_model(

@@ -88,6 +88,7 @@ def save_adapter_weights(
     flush_to_disk(new)
     os.replace(new, path)
 
+# %% ../nbs/44_train.ipynb #9ea95754
 def _restore_best(folder, checkpoint):
     "Restore `best.safetensors` from a checkpoint: later steps may have replaced it before the interruption"
     if checkpoint is None or not (checkpoint/BEST_WEIGHTS).is_file():
@@ -172,6 +173,7 @@ def _argument_class(recipe):
     from trl import SFTConfig
     return SFTConfig, {"max_length": recipe.max_length, "dataset_kwargs": {"skip_prepare_dataset": True}}
 
+# %% ../nbs/44_train.ipynb #3bae488c
 def training_arguments(
     recipe:Recipe, # resolved, with the batch of one process
     steps:int, # optimizer steps
