@@ -40,6 +40,7 @@ WAYS = { # settings that differ from the notebook's defaults, and `try`: what th
     "masked": {"sources": 2, "try": "masked"},
     "cosine": SUPPORTED | {"lr_scheduler_type": "cosine"},
     "cosine_1e3": SUPPORTED | {"lr_scheduler_type": "cosine", "learning_rate": 1e-3},
+    "smaller_steps": SUPPORTED | {"lr_scheduler_type": "cosine", "per_device_train_batch_size": 2},
     "pairs": SUPPORTED | {"lr_scheduler_type": "cosine", "learning_rate": 1e-3, "num_train_epochs": 2, "try": "pairs"},
     "title_r64": RANK_64,
     "sources_r64": {"sources": 2} | RANK_64,
@@ -47,7 +48,8 @@ WAYS = { # settings that differ from the notebook's defaults, and `try`: what th
     "pairs_r64": SUPPORTED | RANK_64 | {"num_train_epochs": 2, "try": "pairs"}}
 CHECKED = { # texts that are checked after they were written: way, and settings of `Checks`
     "anywhere": ("supported", {"min_probability": 0.0}), "verified": ("supported", {}),
-    "strict": ("supported", {"strict": True}), "cosine_verified": ("cosine", {}), "pairs_verified": ("pairs", {}),
+    "strict": ("supported", {"strict": True}), "cosine_verified": ("cosine", {}),
+    "smaller_steps_verified": ("smaller_steps", {}), "pairs_verified": ("pairs", {}),
     "r64_verified": ("supported_r64", {}), "pairs_r64_verified": ("pairs_r64", {})}
 WRITTEN_AGAIN = {way for way, settings in CHECKED.values() if not settings} # ways that are verified while they write
 SAME_WAY = [name for name, (way, _) in CHECKED.items() if way == "supported"]
@@ -68,6 +70,8 @@ LABELS = {"nearest": "nearest title's description", "base": "base model", "base_
           "masked": "whole targets, no loss on unsupported sentences",
           "cosine": "sources, supported targets, and a learning rate that decays to 0 (cosine)",
           "cosine_verified": "the same, verified (cosine)",
+          "smaller_steps": "cosine, steps of two packs",
+          "smaller_steps_verified": "the same, verified (two packs)",
           "cosine_1e3": "cosine from 1e-3 instead of 2e-3",
           "pairs": "cosine from 1e-3, each row with three pairs of its three nearest sources, two epochs",
           "pairs_verified": "the same, verified",

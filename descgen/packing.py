@@ -10,8 +10,8 @@ import copy
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
-from functools import lru_cache
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import lru_cache, partial
 
 import numpy as np
 from fastcore.basics import patch
@@ -109,7 +109,8 @@ class _ShuffledBlocks(_PackBlocks):
     "The blocks in the order of training, with their packs shuffled"
     def __post_init__(self):
         super().__post_init__()
-        self._jobs, self._pool = {}, ThreadPoolExecutor(1)
+        self._jobs, self._pool, self._ahead = {}, ThreadPoolExecutor(1), 1
+        self._submit = partial(self._pool.submit, self._counted_block)
         self._ends = [0] # cumulative number of packs, after each block read
 
     def __getstate__(self): # the values that identify these packs when they are hashed
@@ -119,19 +120,28 @@ class _ShuffledBlocks(_PackBlocks):
         return self.rows._fingerprint, *settings, grounding
 
     def _shuffled_block(self, n):
-        "The shuffled packs of the n-th block read"
+        "The number of the n-th block read, and its shuffled packs"
         epoch, number = _block_number(n, self.n_blocks, self.seed)
         packs = self.block(number)
         order = np.random.default_rng([self.seed, epoch, number]).permutation(len(packs))
-        return [packs[i] for i in order]
+        return number, [packs[i] for i in order]
 
-    def _read_block(self, n):
-        "The n-th block read, from a thread that also makes the next one"
-        for i in (n, n + 1):
-            if i not in self._jobs:
-                self._jobs[i] = self._pool.submit(self._shuffled_block, i)
-        self._jobs = {i: job for i, job in self._jobs.items() if i >= n - 1}
-        return self._jobs[n].result()
+# %% ../nbs/23_packing.ipynb #b10c0001
+@patch
+def _counted_block(self:_ShuffledBlocks, n):
+    "The number of the n-th block read, its shuffled packs, its rejected rows and its sentences that are not learnt"
+    number, packs = self._shuffled_block(n)
+    return number, packs, self.rejected[number], self.left_out[number]
+
+@patch
+def _read_block(self:_ShuffledBlocks, n):
+    "The packs of the n-th block read, while the next ones are made"
+    for i in range(n, n + 1 + self._ahead):
+        if i not in self._jobs:
+            self._jobs[i] = self._submit(i)
+    self._jobs = {i: job for i, job in self._jobs.items() if i >= n - 1}
+    number, packs, self.rejected[number], self.left_out[number] = self._jobs[n].result()
+    return packs
 
 # %% ../nbs/23_packing.ipynb #45881352
 def _no_row_left(rejected, max_length):
@@ -165,3 +175,42 @@ class Packs(_ShuffledBlocks):
         "The number of packs of all rows; this reads all rows, and does not keep the packs"
         self._count_packs(self.n_blocks)
         return self._ends[self.n_blocks]
+
+# %% ../nbs/23_packing.ipynb #b10c0003
+# of the processes that make blocks: they do not need a GPU, and each is given one core
+_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "RAYON_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
+
+_blocks = None # in such a process: the blocks
+
+def _keep_blocks(kind, values):
+    "Keep the blocks of this process, and import what the first of them needs"
+    global _blocks
+    import trl.data_utils
+    _blocks = kind(**values)
+
+def _is_ready(): "This process has started"
+
+def _block_in_process(n): return _blocks._counted_block(n)
+
+# %% ../nbs/23_packing.ipynb #b10c0004
+@patch
+@contextmanager
+def in_processes(self:_ShuffledBlocks,
+    n:int=2, # processes
+):
+    "Within this context, other processes make the blocks as soon as they have started"
+    from loky import ProcessPoolExecutor
+    values = {field.name: getattr(self, field.name) for field in fields(self)}
+    pool = ProcessPoolExecutor(n, timeout=60, initializer=_keep_blocks, initargs=(type(self), values), env=_ENVIRONMENT)
+    before, started = (self._submit, self._ahead), pool.submit(_is_ready)
+    def submit(i):
+        "The i-th block, from another process or still from the thread"
+        return pool.submit(_block_in_process, i) if started.done() else before[0](i)
+    self._submit, self._ahead = submit, n
+    try:
+        yield
+    finally:
+        for job in self._jobs.values():
+            job.cancel()
+        pool.shutdown()
+        self._jobs, (self._submit, self._ahead) = {}, before

@@ -242,6 +242,9 @@ class Sources:
         self.rows, self.hash = _read_texts(self.folder, self.about)
         self.weights, self.numbers, self.ends, self.frequency = _read_arrays(self.folder, len(self.rows))
 
+    def __reduce__(self): # for other processes, which map the same files into memory
+        return Sources, (self.folder,)
+
     @cached_property
     def postings(self):
         "Sparse matrix of features and rows"

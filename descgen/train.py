@@ -307,16 +307,10 @@ def _with_smaller_batch(recipe):
                "gradient_accumulation_steps": accumulation*factor}
     return recipe.model_copy(update=changed)
 
-# %% ../nbs/44_train.ipynb #9326d18b
-@contextmanager
-def _short_switch_interval(seconds=0.0005):
-    "Switch threads more often, so that the thread that makes packs does not keep the GPU waiting"
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(seconds)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
+# %% ../nbs/44_train.ipynb #b10c0102
+def _block_processes(packs):
+    "A context in which other processes make the packs, if a GPU would wait for their Python code"
+    return packs.in_processes() if has_cuda() else nullcontext()
 
 # %% ../nbs/44_train.ipynb #5d9822ed
 def _why_not_compiled(model, packs, recipe):
@@ -360,7 +354,7 @@ def _train_from(checkpoint, model, tokenizer, packs, recipe, test_examples, call
             load_weights(model, checkpoint/"adapter_model.safetensors")
             return history
     trainer = _make_trainer(model, tokenizer, packs, recipe, test_examples, callbacks)
-    with _short_switch_interval(), _training_path(model, packs, recipe):
+    with _block_processes(packs), _training_path(model, packs, recipe):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.state.log_history
 

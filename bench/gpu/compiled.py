@@ -277,7 +277,7 @@ def run(args):
         more = dict(loss_on="all", gradient_checkpointing=args.recompute)
         recipe = make_recipe(source, args.small, "best", "h200", **more)
         measure_side = speed_side if args.side == "speed" else profile_side
-        measure_side(args, recipe, rows, 200 if args.small else TOKENS, save)
+        measure_side(args, recipe, rows, 200 if args.small else 2*TOKENS, save)
 
 # Tables
 

@@ -47,6 +47,7 @@ def add_options(parser):
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--match", nargs="*",
         help="only these settings; the result keeps the others")
+    parser.add_argument("--ways", nargs="*", help="only these of `unsloth`: descgen")
 
 def make_recipe(source, small, *names, **more):
     "The notebook's defaults with recipes of the folder `recipes`, for this model"
@@ -268,7 +269,7 @@ def measure_side_by_side(args, source, rows, tokens, card):
         for name, files in RECIPES.items():
             ways = list(WAYS[args.side].items())
             for way, act in ways[::-1] if i % 2 else ways:
-                if i and "padded" in way:
+                if (i and "padded" in way) or (args.ways and way not in args.ways):
                     continue
                 recipe = make_recipe(source, args.small, *files, loss_on="all")
                 found[name].setdefault(way, []).append(measure(act, recipe, rows, tokens, card))
