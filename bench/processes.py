@@ -112,6 +112,9 @@ def summarize(rounds, numbers, written):
 
 def run(args):
     values, work = make_values(args), Path(tempfile.mkdtemp(prefix="processes-"))
+    if args.model: # kernels are compiled, and the first training of a number would pay for it
+        for n in args.numbers:
+            train(values, n, 1, work)
     ways = {str(n): partial(train_pair, values, n, args.steps, work) for n in args.numbers}
     rounds = interleaved(ways, args.rounds, alternate=True)
     folders = [work/f"{n}-{args.steps[1]}" for n in args.numbers]

@@ -7,8 +7,9 @@ its texts are kept, so that an interrupted measurement goes on. `title` is the s
 products in the prompt; `supported` also learns only supported sentences. `anywhere` drops from the texts of `supported`
 each sentence with an unsupported claim, `strict` each one whose claims are not in the title or in all sources.
 `verified` are the texts of `describe_verified`: a sentence with an unsupported claim, or with an unlikely claim of a
-source, is written again, and left out if that does not help. Files of texts from before have none of these: there such
-sentences are only left out. The other ways change settings of these. The measures are those of
+source, is written again, and left out if that does not help. `drafts` are the best of nine such texts, and
+`supported_drafts` the best of nine in which unlikely claims stay. Files of texts from before have none of these: there
+such sentences are only left out. The other ways change settings of these. The measures are those of
 `descgen.metrics`. Intervals: paired bootstrap over test titles, with the mean of the seeds.
 """
 import json
@@ -51,7 +52,13 @@ CHECKED = { # texts that are checked after they were written: way, and settings 
     "strict": ("supported", {"strict": True}), "cosine_verified": ("cosine", {}),
     "smaller_steps_verified": ("smaller_steps", {}), "pairs_verified": ("pairs", {}),
     "r64_verified": ("supported_r64", {}), "pairs_r64_verified": ("pairs_r64", {})}
+BEST = { # the best of several verified drafts: way and kind
+    "drafts": ("supported", "drafts"), "cosine_supported_drafts": ("cosine", "supported_drafts"),
+    "cosine_drafts": ("cosine", "drafts"), "smaller_steps_drafts": ("smaller_steps", "drafts"),
+    "pairs_drafts": ("pairs", "drafts")}
 WRITTEN_AGAIN = {way for way, settings in CHECKED.values() if not settings} # ways that are verified while they write
+KINDS = { # texts that are verified while they are written: settings of `Checks`
+    "verified": {}, "drafts": {"drafts": 9}, "supported_drafts": {"drafts": 9, "min_probability": 0.0}}
 SAME_WAY = [name for name, (way, _) in CHECKED.items() if way == "supported"]
 MAIN = ("title", "sources", "supported")
 BASES = {"title": "base", "sources": "base_sources"} # ways whose prompts the base model answers too
@@ -61,6 +68,7 @@ LABELS = {"nearest": "nearest title's description", "base": "base model", "base_
           "supported": "fine-tuned with sources and supported targets",
           "anywhere": "the same, unsupported claims left out",
           "verified": "the same, verified: unlikely claims left out too",
+          "drafts": "the same, the best of nine verified drafts",
           "strict": "the same, strict", "title_supported": "fine-tuned on titles, supported targets",
           "one_source": "one source instead of two", "four_sources": "four sources",
           "chars_200": "200 characters of each source instead of 400", "chars_800": "800 characters",
@@ -72,9 +80,13 @@ LABELS = {"nearest": "nearest title's description", "base": "base model", "base_
           "cosine_verified": "the same, verified (cosine)",
           "smaller_steps": "cosine, steps of two packs",
           "smaller_steps_verified": "the same, verified (two packs)",
+          "cosine_supported_drafts": "the same, the best of nine drafts, unsupported claims left out (cosine)",
+          "cosine_drafts": "the same, the best of nine verified drafts (cosine)",
+          "smaller_steps_drafts": "the same, the best of nine verified drafts (two packs)",
           "cosine_1e3": "cosine from 1e-3 instead of 2e-3",
           "pairs": "cosine from 1e-3, each row with three pairs of its three nearest sources, two epochs",
           "pairs_verified": "the same, verified",
+          "pairs_drafts": "the same, the best of nine verified drafts (pairs)",
           "title_r64": "fine-tuned on titles, rank 64, cosine from 1e-3",
           "sources_r64": "sources, rank 64, cosine from 1e-3",
           "supported_r64": "sources, supported targets, rank 64, cosine from 1e-3",
@@ -83,7 +95,7 @@ LABELS = {"nearest": "nearest title's description", "base": "base model", "base_
           "pairs_r64_verified": "the same, verified (pairs, rank 64)"}
 LABEL_WRITTEN_AGAIN = "the same, verified: sentences with unsupported or unlikely claims written again or left out"
 COMPARED = ("nearest", "base", "base_sources", "title", "sources", "supported", *SAME_WAY,
-            "cosine", "cosine_verified")
+            "drafts", "cosine", "cosine_verified", "cosine_supported_drafts", "cosine_drafts")
 NAMES = ("abt", "three", "small", "sample", "books")
 
 def add_options(parser):
@@ -245,7 +257,8 @@ def train_and_write(args, way, seed):
     found["writing_seconds"] = seconds(write)
     if way in WRITTEN_AGAIN:
         checks = prepare_checks(args, *read_language(args))
-        found["verified"] = write_verified(model, tokenizer, rows, parts, args.new_tokens, checks)
+        for kind, settings in KINDS.items():
+            found[kind] = write_verified(model, tokenizer, rows, parts, args.new_tokens, replace(checks, **settings))
     return found
 
 def options_of(args): return {name: getattr(args, name) for name in
@@ -326,29 +339,30 @@ def checked_texts(texts, rows, checks):
     from descgen.verified import verify
     return [[verify(text, row["title"], row["sources"], checks).text for text, row in zip(one, rows)] for one in texts]
 
-def add_checked_texts(texts, verified, rows, checks):
+def add_checked_texts(texts, written, rows, checks):
     "Add the texts of the checked systems; without verified texts of a way, sentences are only left out"
     for name, (way, settings) in CHECKED.items():
-        if way in verified and not settings:
-            texts[name] = verified[way]
+        if (way, "verified") in written and not settings:
+            texts[name] = written[way, "verified"]
         elif way in texts:
             texts[name] = checked_texts(texts[way], rows, replace(checks, **settings))
+    texts |= {name: written[one] for name, one in BEST.items() if one in written}
 
 def collect(args):
-    "System → a list of texts per seed, way → verified texts, test rows with two sources, costs, and the machine"
-    texts, verified, rows, costs = {}, {}, None, {}
+    "System → a list of texts per seed, (way, kind) → verified ones, test rows with two sources, costs, machine"
+    texts, written, rows, costs = {}, {}, None, {}
     for way in args.ways:
         found = [json.loads(path_of(args, way, seed).read_text(encoding="utf-8")) for seed in args.seeds]
         texts[way] = [one["texts"] for one in found]
-        if all("verified" in one for one in found):
-            verified[way] = [one["verified"] for one in found]
+        written |= {(way, kind): [one[kind] for one in found] for kind in KINDS if all(kind in one for one in found)}
         costs[way] = {name: sum(one[name] for one in found)/len(found)
                       for name in ("prompt_tokens", "steps", "training_seconds", "writing_seconds")}
         if way in BASES:
             texts[BASES[way]] = [found[0]["base"]]
-        if WAYS[way].get("sources") == 2 and "source_chars" not in WAYS[way] and "try" not in WAYS[way]:
+        settings = WAYS[way]
+        if (settings.get("sources"), settings.get("try", "pairs")) == (2, "pairs") and "source_chars" not in settings:
             rows = found[0]["rows"]
-    return texts, verified, rows, costs, {name: found[0][name] for name in ("machine", "versions")}
+    return texts, written, rows, costs, {name: found[0][name] for name in ("machine", "versions")}
 
 def run(args):
     if args.worker:
@@ -366,15 +380,16 @@ def run(args):
 def summarise(args):
     "Measure all texts and store the result"
     from descgen.metrics import bootstrap_resamples
-    texts, verified, rows, costs, where = collect(args)
+    texts, written, rows, costs, where = collect(args)
     language, common = read_language(args)
     texts["nearest"] = [[row["sources"][0]["content"] if row["sources"] else "" for row in rows]]
-    add_checked_texts(texts, verified, rows, prepare_checks(args, language, common))
+    add_checked_texts(texts, written, rows, prepare_checks(args, language, common))
     sums = {name: sums_of(own, rows, language, common) for name, own in texts.items()}
     draws = bootstrap_resamples(len(rows))
     found = {name: with_intervals(name, sums, draws) for name in LABELS if name in sums}
     summary = {"titles": len(rows), "language": language, "options": options_of(args) | {"seeds": args.seeds},
-               "systems": found, "costs": costs, "written_again": sorted(verified)}
+               "systems": found, "costs": costs,
+               "written_again": sorted(way for way, kind in written if kind == "verified")}
     save_result(args.results, f"sources-{args.name}", summary, None, len(args.seeds), "mean", where)
 
 def cell(found, other):

@@ -34,14 +34,16 @@ class BatchSettings:
     alternatives:int = 1 # texts per title, each with its own random numbers
     verify:bool|None = None # leave unsupported claims out; None: if the adapter was trained so
     strict:bool = False # a claim must stand in the title, or in all sources alike
+    drafts:int = 1 # per text; of several verified ones, the best is kept
     fill:bool = False # write the input file again, its empty contents filled
     title_field:str = "auto" # as for `inspect_file`
     content_field:str = "auto" # as for `inspect_file`
     encoding:str = "auto" # as for `inspect_file`
 
     def __post_init__(self):
-        if self.alternatives < 1:
-            raise ValueError(f"alternatives must be 1 or more. Given: {self.alternatives}.")
+        for name in ("alternatives", "drafts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more. Given: {getattr(self, name)}.")
         if self.alternatives > 1 and self.sampling.greedy:
             raise ValueError(f"alternatives={self.alternatives}: with greedy=True, "
                 "all texts of a title are the same. Use sampling, or one text.")
@@ -314,7 +316,7 @@ def _write_rows(describer, rows, settings):
     titles = [row.title for row in rows for _ in range(n)]
     keys = [f"{row.number if row.uid is None else row.uid!r} {i}" for row in rows for i in range(n)]
     found = describer.describe(titles, settings.sampling, verify=settings.verify,
-        strict=settings.strict, keys=keys, progress=False)
+        strict=settings.strict, drafts=settings.drafts, keys=keys, progress=False)
     texts = iter(map(_text_entry, found))
     return [{"number": row.number, "line": row.line, "uid": row.uid, "title": row.title,
              "texts": list(islice(texts, n))} for row in rows]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'RootOption', 'NotebookOption', 'NOTEBOOK', 'TitleField', 'ContentField', 'Encoding', 'Output',
-           'Input', 'Titles', 'Fill', 'Overwrite', 'Writers', 'Greedy', 'BatchSize', 'Verify', 'Strict', 'NSources',
-           'Engine', 'Dtype', 'Pairs', 'Processes', 'Recipes', 'Run', 'check', 'evaluate', 'export', 'generate',
-           'serve', 'open_app', 'run', 'resume', 'runs', 'sweep', 'diff', 'repeat']
+           'Input', 'Titles', 'Fill', 'Overwrite', 'Writers', 'Greedy', 'BatchSize', 'Drafts', 'Verify', 'Strict',
+           'NSources', 'Engine', 'Dtype', 'Pairs', 'Processes', 'Recipes', 'Run', 'check', 'evaluate', 'export',
+           'generate', 'serve', 'open_app', 'run', 'resume', 'runs', 'sweep', 'diff', 'repeat']
 
 # %% ../nbs/90_cli.ipynb #ecbab937
 import json, shlex, sys
@@ -250,6 +250,7 @@ Greedy = Annotated[bool, typer.Option("--greedy",
     help="Take the most likely token; only sentences that are written again are sampled")]
 BatchSize = Annotated[int|None, typer.Option(min=1,
     help="Most texts at a time; else 32, and on a GPU 1024, or as many as its memory holds")]
+Drafts = Annotated[int, typer.Option(min=1, help="Verified drafts per text, of which the best is kept")]
 Verify = Annotated[bool|None, typer.Option("--verify/--no-verify",
     help="Leave unsupported claims out; else if the adapter was trained with sources")]
 Strict = Annotated[bool, typer.Option("--strict",
@@ -269,7 +270,7 @@ def generate(
     temperature:Annotated[float, typer.Option(help="Lower: likely tokens become likelier")]=0.7,
     top_p:Annotated[float, typer.Option(help="Sample from this total probability")]=0.9,
     seed:Annotated[int, typer.Option(help="Of the random numbers")]=42, batch_size:BatchSize=None,
-    verify:Verify=None, strict:Strict=False, sources:NSources=None, dtype:Dtype=None,
+    verify:Verify=None, strict:Strict=False, drafts:Drafts=1, sources:NSources=None, dtype:Dtype=None,
     engine:Engine="descgen", processes:Writers=1,
     title_field:TitleField="auto", content_field:ContentField="auto", encoding:Encoding="auto",
     as_json:Annotated[bool, typer.Option("--json", help="Print numbers of rows as JSON")]=False,
@@ -279,7 +280,7 @@ def generate(
         titles = _check_input(input, title)
         settings = _batch_settings(greedy, n, verify=verify, max_new_tokens=max_new_tokens,
             temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size, fill=fill,
-            strict=strict, title_field=title_field, content_field=content_field, encoding=encoding)
+            strict=strict, drafts=drafts, title_field=title_field, content_field=content_field, encoding=encoding)
         options = {"sources": "auto" if sources is None else sources, "dtype": dtype, "overwrite": overwrite}
         outcome = _generate(adapter, titles, output, settings, engine, options, processes)
     typer.echo(_outcome_text(outcome, as_json))

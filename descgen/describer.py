@@ -138,17 +138,20 @@ def describe(self:Describer,
     *,
     verify:bool|None=None, # leave unsupported claims out; None: if the adapter was trained with sources
     strict:bool=False, # a claim must stand in the title, or in all sources alike
+    drafts:int=1, # per text; of several, the best is kept, see `describe_verified`
     keys:list[str]|None=None, # random numbers by these keys, not by position: see `seeded_noise`
     progress:bool=True, # show a progress bar
 )->list[Verified]: # one per title
-    "Describe titles"
+    "Describe titles; ValueError for several drafts without verification"
     titles = _check_titles(titles)
-    sources, checks = self.sources_of(titles), replace(self.checks, strict=strict)
+    sources, checks = self.sources_of(titles), replace(self.checks, strict=strict, drafts=drafts)
     model, tokenizer, parts = self.model, self.tokenizer, self.parts
     if self.verifies(verify):
         return describe_verified(
             model, tokenizer, titles, parts, sampling, sources, checks, keys=keys,
             progress=progress)
+    if drafts > 1:
+        raise ValueError(f"drafts={drafts}: the best of several drafts is chosen among verified texts. Set verify=True.")
     prompts = [prompt_ids(title, tokenizer, parts, own) for title, own in zip(titles, sources)]
     noise = seeded_noise([f"{key} 0" for key in keys], sampling) if keys else None
     completions = complete(model, tokenizer, prompts, sampling, noise=noise, progress=progress)

@@ -6,14 +6,15 @@
 __all__ = ['pack_examples', 'Packs']
 
 # %% ../nbs/23_packing.ipynb #2c3aac93
-import copy
+import copy, os, threading
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import lru_cache, partial
 
 import numpy as np
+import psutil
 from fastcore.basics import patch
 from .formatting import IGNORE_INDEX, TemplateParts, encode_rows
 
@@ -182,9 +183,16 @@ _ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "RAYON_NUM_THREADS": "1", "POLARS_MA
 
 _blocks = None # in such a process: the blocks
 
-def _keep_blocks(kind, values):
+def _end_with(training):
+    "End this process when the one that trains has ended, also if it was killed"
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(training).wait()
+    os._exit(1)
+
+def _keep_blocks(training, kind, values):
     "Keep the blocks of this process, and import what the first of them needs"
     global _blocks
+    threading.Thread(target=_end_with, args=[training], daemon=True).start()
     import trl.data_utils
     _blocks = kind(**values)
 
@@ -201,7 +209,8 @@ def in_processes(self:_ShuffledBlocks,
     "Within this context, other processes make the blocks as soon as they have started"
     from loky import ProcessPoolExecutor
     values = {field.name: getattr(self, field.name) for field in fields(self)}
-    pool = ProcessPoolExecutor(n, timeout=60, initializer=_keep_blocks, initargs=(type(self), values), env=_ENVIRONMENT)
+    pool = ProcessPoolExecutor(n, timeout=60, initializer=_keep_blocks,
+        initargs=(os.getpid(), type(self), values), env=_ENVIRONMENT)
     before, started = (self._submit, self._ahead), pool.submit(_is_ready)
     def submit(i):
         "The i-th block, from another process or still from the thread"

@@ -49,9 +49,9 @@ def test_start_needs_no_heavy_library():
     assert done.stdout.strip() == "set()"
 
 def test_every_way_of_sources_has_a_label():
-    from bench.sources import CHECKED, LABELS, WAYS
-    assert {*WAYS, *CHECKED} <= {*LABELS}
-    assert {way for way, _ in CHECKED.values()} <= {*WAYS}
+    from bench.sources import BEST, CHECKED, LABELS, WAYS
+    assert {*WAYS, *CHECKED, *BEST} <= {*LABELS}
+    assert {way for way, _ in [*CHECKED.values(), *BEST.values()]} <= {*WAYS}
 
 def sources_files(folder, with_verified):
     "Files of texts of the way `supported` with two seeds, and the options that find them"
@@ -66,7 +66,7 @@ def sources_files(folder, with_verified):
     for seed, has_verified in zip(args.seeds, with_verified):
         path = path_of(args, "supported", seed)
         path.parent.mkdir(exist_ok=True)
-        more = {"verified": [f"It is light, {seed}."]} if has_verified else {}
+        more = {"verified": [f"It is light, {seed}."], "drafts": [f"It is best, {seed}."]} if has_verified else {}
         path.write_text(json.dumps(found | more), encoding="utf-8")
     return args
 
@@ -75,13 +75,14 @@ def test_sources_take_verified_texts_or_leave_sentences_out(with_verified, tmp_p
     from bench import sources
     from descgen.verified import Checks
     monkeypatch.setattr(sources, "SCRATCH", tmp_path)
-    texts, verified, rows, *_ = sources.collect(sources_files(tmp_path, with_verified))
-    sources.add_checked_texts(texts, verified, rows, Checks())
+    texts, written, rows, *_ = sources.collect(sources_files(tmp_path, with_verified))
+    sources.add_checked_texts(texts, written, rows, Checks())
     written_again = [["It is light, 1."], ["It is light, 2."]]
     left_out = [["It is red."]]*2
     assert texts["verified"] == (written_again if all(with_verified) else left_out)
+    assert texts.get("drafts") == ([["It is best, 1."], ["It is best, 2."]] if all(with_verified) else None)
     assert texts["anywhere"] == texts["strict"] == left_out
-    is_new = sources.label_of("verified", {"written_again": [*verified]}) == sources.LABEL_WRITTEN_AGAIN
+    is_new = sources.label_of("verified", {"written_again": [way for way, _ in written]}) == sources.LABEL_WRITTEN_AGAIN
     assert is_new == all(with_verified)
     assert sources.label_of("verified", {}) == sources.LABELS["verified"]
 

@@ -3,7 +3,8 @@
     python -m bench gpu-texts ADAPTER                      # all ways; vLLM's only where it is installed
     python -m bench gpu-texts ADAPTER --ways vllm-float32
 
-All are compared with transformers' `generate` on the merged model in float32, one title at a time. Each way is a
+All are compared with transformers' `generate` on the merged model in float32, one title at a time. The merged model
+is exported in float32, so that all ways have the same weights, also if they round them. Each way is a
 process of its own. In 16 bits two tokens that are nearly as likely change places, so a text can differ from there on;
 in float32 the texts should be equal.
 """
@@ -40,12 +41,19 @@ def load_tokenizer(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return set_eos_and_pad(tokenizer, template_parts(tokenizer))
 
+def merged_folder(adapter):
+    "The merged model in float32"
+    from descgen.export import export
+    folder = adapter.parent/"merged-float32"
+    if not folder.exists():
+        export(adapter, "merged", folder, "float32")
+    return folder
+
 def write_transformers(args, dtype):
     "`generate` on the merged model, one title at a time"
     import torch
     from transformers import AutoModelForCausalLM
-    from descgen.server import merged_model
-    folder = merged_model(args.adapter)
+    folder = merged_folder(args.adapter)
     tokenizer = load_tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device()).eval()
     texts = []
@@ -70,9 +78,8 @@ def write_descgen(args, dtype):
 def write_vllm(args, dtype):
     "vLLM on the merged model"
     from descgen.inference import Sampling
-    from descgen.server import merged_model
     from descgen.vllm import VllmModel
-    folder = merged_model(args.adapter)
+    folder = merged_folder(args.adapter)
     tokenizer = load_tokenizer(folder)
     model = VllmModel(folder, dtype=dtype, gpu_memory_utilization=0.3)
     sampling = Sampling(args.new_tokens, greedy=True)
