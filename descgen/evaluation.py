@@ -9,7 +9,8 @@ __all__ = ['SCHEMA', 'medoid', 'generate_all', 'baselines', 'score_systems', 'Ev
 # %% ../nbs/62_evaluation.ipynb #98942aac
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,11 @@ def _generations(titles, tokenizer, parts, sources):
         TUNED: (True, False, full), TUNED + GREEDY: (True, True, full)}
 
 # %% ../nbs/62_evaluation.ipynb #ad84d875
+def _sampling(recipe, batch_size=100):
+    "How many tokens the texts have, and how they are chosen"
+    from descgen.inference import Sampling
+    return Sampling(recipe.max_new_tokens, recipe.temperature, recipe.top_p, recipe.seed, batch_size=batch_size)
+
 def generate_all(
     model, # with its adapter
     tokenizer, # of the model
@@ -55,13 +61,11 @@ def generate_all(
     batch_size:int=100, # titles per batch
 )->tuple[dict, dict]: # by system: texts, and whether each text ended with the end-of-sequence token
     "Texts of the base and the fine-tuned model, sampled and greedy"
-    from descgen.inference import Sampling, complete
-    settings = dict(max_new_tokens=recipe.max_new_tokens, temperature=recipe.temperature, top_p=recipe.top_p,
-        seed=recipe.seed, batch_size=batch_size)
-    texts, ended = {}, {}
+    from descgen.inference import complete
+    sampling, texts, ended = _sampling(recipe, batch_size), {}, {}
     for name, (adapted, greedy, prompts) in _generations(titles, tokenizer, parts, sources).items():
         with nullcontext() if adapted else model.disable_adapter():
-            ids = complete(model, tokenizer, prompts, Sampling(**settings, greedy=greedy))
+            ids = complete(model, tokenizer, prompts, replace(sampling, greedy=greedy))
         decoded = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         texts[name] = [text.strip() for text in decoded]
         ended[name] = [bool(new) and new[-1] == tokenizer.eos_token_id for new in ids]
@@ -112,11 +116,11 @@ def _all_places(texts, titles, grounds):
             for name in (TUNED, VERIFIED) if name in texts}
 
 # %% ../nbs/62_evaluation.ipynb #b6240f62
-def _verified_texts(texts, titles, grounds, probability=None):
-    "The texts without the sentences that have an unsupported or unlikely claim"
-    from descgen.verified import Checks, verify
+def _verified_texts(texts, titles, grounds, probability, mend):
+    "The texts, with the sentences that have an unsupported or unlikely claim written again or left out by `mend`"
+    from descgen.verified import Checks
     checks = Checks(language=grounds.language, common=frozenset(grounds.common), probability=probability)
-    return [verify(*own, checks).text for own in zip(texts, titles, grounds.sources)]
+    return [one.text for one in mend(texts, titles, sources=grounds.sources, checks=checks)]
 
 # %% ../nbs/62_evaluation.ipynb #a13eaf3b
 def _all_metric_sums(texts, ended, rows, grounds, train):
@@ -323,13 +327,16 @@ def evaluate(
     probability=None, # from `fit_probability`: verified texts state no unlikely claim of a source
 )->Evaluation: # without titles if no row can be used
     "Compare base model, fine-tuned model and baselines on the same titles"
+    from descgen.verified import mend
     numbers, usable, examples = _encode_usable_rows(rows, tokenizer, parts, recipe)
     if not usable: return Evaluation(left_out=len(rows))
     titles, contents = [r["title"] for r in usable], [r["content"] for r in usable]
     near = _find_nearest(titles, train)
     sources, grounds = _row_sources(usable), _find_grounds(usable, train, near)
     texts, ended = generate_all(model, tokenizer, titles, parts, recipe, sources)
-    if sources: texts[VERIFIED] = _verified_texts(texts[TUNED], titles, grounds, probability)
+    if sources:
+        again = partial(mend, model, tokenizer, parts=parts, sampling=_sampling(recipe))
+        texts[VERIFIED] = _verified_texts(texts[TUNED], titles, grounds, probability, again)
     texts |= baselines(titles, train, near)
     ended = {name: ended.get(name, [True]*len(titles)) for name in texts} # the other texts are complete
     columns = _all_metric_sums(texts, ended, usable, grounds, train)
