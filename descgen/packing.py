@@ -6,12 +6,13 @@
 __all__ = ['pack_examples', 'Packs']
 
 # %% ../nbs/23_packing.ipynb #2c3aac93
-import copy, os, threading
+import copy, os, pickle, threading
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import lru_cache, partial
+from io import StringIO
 
 import numpy as np
 import psutil
@@ -181,7 +182,7 @@ class Packs(_ShuffledBlocks):
 # of the processes that make blocks: they do not need a GPU, and each is given one core
 _ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "RAYON_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
 
-_blocks = None # in such a process: the blocks
+_blocks = None # in such a process: the blocks, or why there are none
 
 def _end_with(training):
     "End this process when the one that trains has ended, also if it was killed"
@@ -189,14 +190,21 @@ def _end_with(training):
         psutil.Process(training).wait()
     os._exit(1)
 
-def _keep_blocks(training, kind, values):
-    "Keep the blocks of this process, and import what the first of them needs"
+def _keep_blocks(training, pickled):
+    "Keep the blocks of this process, and import what the first of them needs, without the warnings of the libraries"
     global _blocks
     threading.Thread(target=_end_with, args=[training], daemon=True).start()
-    import trl.data_utils
-    _blocks = kind(**values)
+    try:
+        with redirect_stderr(StringIO()):
+            import trl.data_utils
+            kind, values = pickle.loads(pickled)
+            _blocks = kind(**values)
+    except Exception as e:
+        _blocks = e
 
-def _is_ready(): "This process has started"
+def _is_ready():
+    "Raise why this process cannot make blocks, if it cannot"
+    if isinstance(_blocks, Exception): raise _blocks
 
 def _block_in_process(n): return _blocks._counted_block(n)
 
@@ -207,14 +215,16 @@ def in_processes(self:_ShuffledBlocks,
     n:int=2, # processes
 ):
     "Within this context, other processes make the blocks as soon as they have started"
+    from cloudpickle import dumps
     from loky import ProcessPoolExecutor
     values = {field.name: getattr(self, field.name) for field in fields(self)}
-    pool = ProcessPoolExecutor(n, timeout=60, initializer=_keep_blocks,
-        initargs=(os.getpid(), type(self), values), env=_ENVIRONMENT)
+    arguments = os.getpid(), dumps((type(self), values))
+    pool = ProcessPoolExecutor(n, initializer=_keep_blocks, initargs=arguments, env=_ENVIRONMENT)
     before, started = (self._submit, self._ahead), pool.submit(_is_ready)
     def submit(i):
         "The i-th block, from another process or still from the thread"
-        return pool.submit(_block_in_process, i) if started.done() else before[0](i)
+        has_started = started.done() and started.exception() is None
+        return pool.submit(_block_in_process, i) if has_started else before[0](i)
     self._submit, self._ahead = submit, n
     try:
         yield
@@ -223,3 +233,5 @@ def in_processes(self:_ShuffledBlocks,
             job.cancel()
         pool.shutdown()
         self._jobs, (self._submit, self._ahead) = {}, before
+        if started.done() and (error := started.exception()):
+            print(f"A thread made the packs, because other processes did not start: {error}")

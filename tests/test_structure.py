@@ -32,3 +32,11 @@ def test_imports_go_from_low_to_high(module):
 @pytest.mark.parametrize("module", chapters())
 def test_no_private_name_is_imported(module):
     assert [name for _, name in imports_of(module) if name.startswith("_")] == []
+
+NOTEBOOKS = [*sorted((ROOT/"nbs").glob("*.ipynb")), ROOT/"fine_tune_llama3.ipynb"]
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_outputs_have_no_path_of_a_machine(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    outputs = json.dumps([cell.get("outputs", []) for cell in cells])
+    assert not re.search(r"site-packages|/root/|/work/", outputs)
