@@ -54,7 +54,7 @@ class AppDescriber:
         claims = locate_claims(self.draft(title), title, sources)
         return Verified(self.draft(title), claims, sources=tuple(sources))
 
-    def describe(self, titles, sampling=Sampling(), *, verify=None, strict=False, keys=None, progress=True):
+    def describe(self, titles, sampling=Sampling(), *, verify=None, strict=False, drafts=1, keys=None, progress=True):
         time.sleep(self.seconds)
         return [self.finish(title, verify) for title in titles]
 
