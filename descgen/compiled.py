@@ -116,7 +116,7 @@ def project(
     if projection.fp8 is None:
         return JoinedProduct.apply(x, xA, projection.weight, B).split(projection.sizes, -1)
     base, adapter = (t.split(projection.sizes, -1) for t in (Fp8Product.apply(x, *projection.fp8), xA @ B.T))
-    return tuple(b.float() + a.float() for b, a in zip(base, adapter)) # summed apart: no gradient of all is stored
+    return tuple(b.float() + a.float() for b, a in zip(base, adapter)) # their sum would be stored
 
 # %% ../nbs/36_compiled.ipynb #66ac1fa7
 def join_weights(

@@ -131,6 +131,18 @@ def verifies(self:Describer,
     return self.trained_with_sources if verify is None else verify
 
 # %% ../nbs/52_describer.ipynb #ba3253a2
+def _describe_unverified(describer, titles, sources, checks, sampling, keys, progress):
+    "Whole texts; ValueError for several drafts"
+    if checks.drafts > 1:
+        raise ValueError(f"drafts={checks.drafts}: the best draft is chosen among verified texts. Verify them "
+                         "(verify=True, --verify), or leave drafts out.")
+    prompts = [prompt_ids(title, describer.tokenizer, describer.parts, own) for title, own in zip(titles, sources)]
+    noise = seeded_noise([f"{key} 0" for key in keys], sampling) if keys else None
+    completions = complete(describer.model, describer.tokenizer, prompts, sampling, noise=noise, progress=progress)
+    return [_whole_text(describer.tokenizer, new, title, own, checks)
+            for new, title, own in zip(completions, titles, sources)]
+
+# %% ../nbs/52_describer.ipynb #b10c0304
 @patch
 def describe(self:Describer,
     titles:list[str], # any texts
@@ -145,18 +157,10 @@ def describe(self:Describer,
     "Describe titles; ValueError for several drafts without verification"
     titles = _check_titles(titles)
     sources, checks = self.sources_of(titles), replace(self.checks, strict=strict, drafts=drafts)
-    model, tokenizer, parts = self.model, self.tokenizer, self.parts
-    if self.verifies(verify):
-        return describe_verified(
-            model, tokenizer, titles, parts, sampling, sources, checks, keys=keys,
-            progress=progress)
-    if drafts > 1:
-        raise ValueError(f"drafts={drafts}: the best of several drafts is chosen among verified texts. Set verify=True.")
-    prompts = [prompt_ids(title, tokenizer, parts, own) for title, own in zip(titles, sources)]
-    noise = seeded_noise([f"{key} 0" for key in keys], sampling) if keys else None
-    completions = complete(model, tokenizer, prompts, sampling, noise=noise, progress=progress)
-    return [_whole_text(tokenizer, new, title, own, checks)
-            for new, title, own in zip(completions, titles, sources)]
+    if not self.verifies(verify):
+        return _describe_unverified(self, titles, sources, checks, sampling, keys, progress)
+    return describe_verified(self.model, self.tokenizer, titles, self.parts, sampling, sources, checks, keys=keys,
+        progress=progress)
 
 # %% ../nbs/52_describer.ipynb #92a63ff0
 @patch

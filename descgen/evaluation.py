@@ -10,7 +10,6 @@ __all__ = ['SCHEMA', 'medoid', 'generate_all', 'baselines', 'score_systems', 'Ev
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -116,11 +115,10 @@ def _all_places(texts, titles, grounds):
             for name in (TUNED, VERIFIED) if name in texts}
 
 # %% ../nbs/62_evaluation.ipynb #b6240f62
-def _verified_texts(texts, titles, grounds, probability, mend):
-    "The texts, with the sentences that have an unsupported or unlikely claim written again or left out by `mend`"
+def _verification(grounds, probability=None):
+    "What the claims of verified texts must meet"
     from descgen.verified import Checks
-    checks = Checks(language=grounds.language, common=frozenset(grounds.common), probability=probability)
-    return [one.text for one in mend(texts, titles, sources=grounds.sources, checks=checks)]
+    return Checks(language=grounds.language, common=frozenset(grounds.common), probability=probability)
 
 # %% ../nbs/62_evaluation.ipynb #a13eaf3b
 def _all_metric_sums(texts, ended, rows, grounds, train):
@@ -335,8 +333,9 @@ def evaluate(
     sources, grounds = _row_sources(usable), _find_grounds(usable, train, near)
     texts, ended = generate_all(model, tokenizer, titles, parts, recipe, sources)
     if sources:
-        again = partial(mend, model, tokenizer, parts=parts, sampling=_sampling(recipe))
-        texts[VERIFIED] = _verified_texts(texts[TUNED], titles, grounds, probability, again)
+        checks = _verification(grounds, probability)
+        mended = mend(model, tokenizer, texts[TUNED], titles, parts, _sampling(recipe), grounds.sources, checks)
+        texts[VERIFIED] = [one.text for one in mended]
     texts |= baselines(titles, train, near)
     ended = {name: ended.get(name, [True]*len(titles)) for name in texts} # the other texts are complete
     columns = _all_metric_sums(texts, ended, usable, grounds, train)

@@ -209,18 +209,23 @@ def _is_ready():
 def _block_in_process(n): return _blocks._counted_block(n)
 
 # %% ../nbs/23_packing.ipynb #b10c0004
+def _start_processes(blocks, n):
+    "Processes that make blocks, and a future that is done when the first has started"
+    from cloudpickle import dumps
+    from loky import ProcessPoolExecutor
+    values = {field.name: getattr(blocks, field.name) for field in fields(blocks)}
+    arguments = os.getpid(), dumps((type(blocks), values))
+    pool = ProcessPoolExecutor(n, initializer=_keep_blocks, initargs=arguments, env=_ENVIRONMENT)
+    return pool, pool.submit(_is_ready)
+
+# %% ../nbs/23_packing.ipynb #b10c000b
 @patch
 @contextmanager
 def in_processes(self:_ShuffledBlocks,
     n:int=2, # processes
 ):
     "Within this context, other processes make the blocks as soon as they have started"
-    from cloudpickle import dumps
-    from loky import ProcessPoolExecutor
-    values = {field.name: getattr(self, field.name) for field in fields(self)}
-    arguments = os.getpid(), dumps((type(self), values))
-    pool = ProcessPoolExecutor(n, initializer=_keep_blocks, initargs=arguments, env=_ENVIRONMENT)
-    before, started = (self._submit, self._ahead), pool.submit(_is_ready)
+    (pool, started), before = _start_processes(self, n), (self._submit, self._ahead)
     def submit(i):
         "The i-th block, from another process or still from the thread"
         has_started = started.done() and started.exception() is None

@@ -18,7 +18,7 @@ from .probability import ClaimProbability
 # %% ../nbs/51_verified.ipynb #c51006
 @dataclass(frozen=True)
 class Checks:
-    "Which claims are supported, how often a sentence is written again, and how many drafts a text has"
+    "Which claims are supported, how often a sentence is written again, and how many drafts a text has; ValueError if it has none"
     strict:bool = False # a claim must stand in the title, or in all sources alike
     attempts:int = 2 # versions of a sentence after the first one
     drafts:int = 1 # per text; of several, the best is kept
@@ -26,6 +26,9 @@ class Checks:
     common:frozenset = frozenset() # words that are no names, from `common_words`
     probability:ClaimProbability|None = None # from `fit_probability`; None: each claim of a source is supported
     min_probability:float = 0.1 # a less likely claim of a source is unsupported
+
+    def __post_init__(self):
+        if self.drafts < 1: raise ValueError(f"drafts must be 1 or more. Given: {self.drafts}.")
 
 def _is_unlikely(claim, title, checks):
     "Whether a claim of a source is unlikely to be true of the product"
@@ -311,7 +314,7 @@ def _closeness(texts):
     from sacrebleu.metrics import CHRF
     similarity = CHRF().sentence_score
     def mean(i, text):
-        "Of one text"
+        "The mean similarity of one text"
         others = texts[:i] + texts[i + 1:]
         return sum(similarity(text, [other]).score for other in others)/len(others)/100
     return [mean(i, text) for i, text in enumerate(texts)]
@@ -365,7 +368,7 @@ def mend(
     sampling:Sampling=Sampling(), # number and choice of the tokens of new versions
     sources:list[list[dict]]|None=None, # for each title its sources: `uid`, `title`, `content`
     checks:Checks=Checks(), # which claims are supported, and how often a sentence is written again
-)->list[Verified]: # as of `describe_verified`, if it had written these drafts
+)->list[Verified]: # the texts of `describe_verified` with these drafts; `n_tokens` counts the new versions alone
     "Verify texts that are already written: unsupported sentences are written again, or left out"
     parts = parts or template_parts(tokenizer)
     writings = _begin(tokenizer, titles, parts, sampling, sources, replace(checks, drafts=1))

@@ -47,7 +47,7 @@ def add_options(parser):
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--match", nargs="*",
         help="only these settings; the result keeps the others")
-    parser.add_argument("--ways", nargs="*", help="only these of `unsloth`: descgen")
+    parser.add_argument("--ways", nargs="+", choices=WAYS["unsloth"], help="only these of `unsloth`")
 
 def make_recipe(source, small, *names, **more):
     "The notebook's defaults with recipes of the folder `recipes`, for this model"
