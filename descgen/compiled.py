@@ -174,16 +174,12 @@ class Fp8Product(torch.autograd.Function):
         return scaled_product(grad, *ctx.saved_tensors), None, None, None, None
 
 # %% ../nbs/36_compiled.ipynb #18af65f2
-def _as_stored(x, dtype):
-    "x in a dtype of 16 bits; as integers with the same bits if x has another dtype"
-    return x if x.dtype == dtype else x.to(dtype).view(torch.int16)
-
 class SwiGLU(torch.autograd.Function):
     "`y = silu(gate)·up` and `yA`, in the dtype of A; of the activations only `gate` and `up` are stored, in that dtype"
     @staticmethod
     def forward(ctx, gate, up, A):
         "Compute both products and save the inputs"
-        ctx.save_for_backward(_as_stored(gate, A.dtype), _as_stored(up, A.dtype), A)
+        ctx.save_for_backward(gate.to(A.dtype), up.to(A.dtype), A)
         y = (F.silu(gate.float())*up.float()).to(A.dtype)
         return y, y @ A.T
 
@@ -191,7 +187,7 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad_y, grad_yA):
         "The gradients of `gate`, `up` and `A`; y is computed again"
         gate, up, A = ctx.saved_tensors
-        gate, up = (t.view(A.dtype).float() for t in (gate, up))
+        gate, up = gate.float(), up.float()
         sigmoid = torch.sigmoid(gate)
         y = (gate*sigmoid*up).to(A.dtype)
         grad = (grad_y + grad_yA @ A).float()
