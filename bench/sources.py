@@ -96,7 +96,7 @@ LABELS = {"nearest": "nearest title's description", "base": "base model", "base_
 LABEL_WRITTEN_AGAIN = "the same, verified: sentences with unsupported or unlikely claims written again or left out"
 COMPARED = ("nearest", "base", "base_sources", "title", "sources", "supported", *SAME_WAY,
             "drafts", "cosine", "cosine_verified", "cosine_supported_drafts", "cosine_drafts")
-NAMES = ("abt", "three", "small", "sample", "books")
+NAMES = ("abt", "abt_drafts", "three", "three_drafts", "small", "sample", "books")
 
 def add_options(parser):
     parser.add_argument("rows", type=Path, nargs="+", help="JSON Lines files; several are joined")
@@ -408,13 +408,15 @@ HEAD = ("", "chrF", "false claims, %", "unsupported claims, %", "claim recall, %
 
 def label_of(name, summary):
     "What a table calls a system; results from before have no texts that were written again"
-    if name == "verified" and CHECKED[name][0] in summary.get("written_again", ()):
-        return LABEL_WRITTEN_AGAIN
-    return LABELS[name]
+    way, settings = CHECKED.get(name, (None, None))
+    if settings or way not in summary.get("written_again", ()):
+        return LABELS[name]
+    return LABEL_WRITTEN_AGAIN if name == "verified" else f"{LABELS[name]}: sentences written again or left out"
 
 def main_table(summary):
-    "The systems that are compared, with intervals of the differences to the nearest description"
-    systems = {name: found for name, found in summary["systems"].items() if name in COMPARED}
+    "The systems beside the nearest description; those that the table of settings shows are left out"
+    systems = {name: found for name, found in summary["systems"].items()
+               if name in COMPARED or "supported" not in summary["systems"]}
     rows = [[label_of(name, summary), *(cell(found[m], "nearest") for m in MEASURES), f"{found['facts']:.1f}"]
             for name, found in systems.items()]
     return markdown_table([*HEAD, "figures per text"], rows)
@@ -451,7 +453,9 @@ def tables(read):
         summary = record["summary"]
         about = (f"{summary['titles']} test titles, one round per seed. In brackets: the 95 % interval of the "
                  f"difference to the nearest title's description. {circumstances(record, 'torch')}")
-        found[f"sources-{name}"] = [about, "", *main_table(summary), "", *title_table(summary)]
-        if set(summary["costs"]) - {*MAIN, "cosine"}:
+        found[f"sources-{name}"] = [about, "", *main_table(summary)]
+        if "title" in summary["systems"]:
+            found[f"sources-{name}"] += ["", *title_table(summary)]
+        if "supported" in summary["costs"] and set(summary["costs"]) - {*MAIN, "cosine"}:
             found[f"sources-{name}-settings"] = ablation_table(summary)
     return found

@@ -268,7 +268,8 @@ def run(args):
     small = "-small" if args.small else ""
     side = f"{args.side}-recomputed" if args.recompute else args.side
     name = f"gpu-compiled-{side}-{args.model}{small}"
-    save = lambda summary, raw, rounds: save_result(args.results, name, summary, raw, rounds)
+    statistic = "mean" if args.side == "loss" else "median"
+    save = lambda summary, raw, rounds: save_result(args.results, name, summary, raw, rounds, statistic)
     with card_lock():
         if args.side == "loss":
             return loss_side(args, source, save)
@@ -315,10 +316,10 @@ def loss_table(record):
     return [circumstances(record, *CARD), "", *markdown_table(head, rows)]
 
 def tables(read):
-    makers = {"speed": ("llama", speed_table), "profile": ("llama", profile_tables),
-        "loss": ("embedded", loss_table)}
+    makers = {"speed": ("speed-llama", speed_table), "speed h100": ("speed-llama-h100", speed_table),
+        "profile": ("profile-llama", profile_tables), "loss": ("loss-embedded", loss_table)}
     found = {}
-    for side, (model, make) in makers.items():
-        if record := read(f"gpu-compiled-{side}-{model}"):
-            found[f"gpu-compiled {side}"] = make(record)
+    for marker, (name, make) in makers.items():
+        if record := read(f"gpu-compiled-{name}"):
+            found[f"gpu-compiled {marker}"] = make(record)
     return found
