@@ -42,11 +42,11 @@ WAYS = { # settings that differ from the notebook's defaults, and `try`: what th
     "cosine": SUPPORTED | {"lr_scheduler_type": "cosine"},
     "cosine_1e3": SUPPORTED | {"lr_scheduler_type": "cosine", "learning_rate": 1e-3},
     "smaller_steps": SUPPORTED | {"lr_scheduler_type": "cosine", "per_device_train_batch_size": 2},
-    "pairs": SUPPORTED | {"lr_scheduler_type": "cosine", "learning_rate": 1e-3, "num_train_epochs": 2, "try": "pairs"},
+    "pairs": SUPPORTED | {"lr_scheduler_type": "cosine", "learning_rate": 1e-3, "num_train_epochs": 2, "source_sets": 3},
     "title_r64": RANK_64,
     "sources_r64": {"sources": 2} | RANK_64,
     "supported_r64": SUPPORTED | RANK_64,
-    "pairs_r64": SUPPORTED | RANK_64 | {"num_train_epochs": 2, "try": "pairs"}}
+    "pairs_r64": SUPPORTED | RANK_64 | {"num_train_epochs": 2, "source_sets": 3}}
 CHECKED = { # texts that are checked after they were written: way, and settings of `Checks`
     "anywhere": ("supported", {"min_probability": 0.0}), "verified": ("supported", {}),
     "strict": ("supported", {"strict": True}), "cosine_verified": ("cosine", {}),
@@ -137,16 +137,14 @@ def make_grounding(data, recipe, tried):
     if tried in (None, "masked"):
         return grounding
     class Tried(Grounding):
-        def _with_sources(self, rows, find):
-            "Sources in the other order, or a marker in the title"
-            rows = super()._with_sources(rows, find)
+        def _with_sources(self, rows, found):
+            "Sources in the other order"
+            rows = super()._with_sources(rows, found)
             if tried == "nearest_first":
                 return [{**row, "sources": row["sources"][::-1]} for row in rows]
             return rows
         def training_rows(self, rows, numbers):
-            "A share of the rows keeps its whole content, or each row occurs with three pairs of sources"
-            if tried == "pairs":
-                return supported_rows_of_pairs(self, rows, numbers)
+            "A share of the rows keeps its whole content"
             kept, removed, rejected = super().training_rows(rows, numbers)
             every = {"quarter_whole": 4, "marked": 2}.get(tried)
             whole = {row["uid"]: row for row in rows}
@@ -155,18 +153,6 @@ def make_grounding(data, recipe, tried):
                         for i, row in enumerate(kept)]
             return kept, removed, rejected
     return Tried(**{field.name: getattr(grounding, field.name) for field in dataclasses.fields(Grounding)})
-
-def supported_rows_of_pairs(grounding, rows, numbers):
-    "Each row three times: with the first and second, the first and third, the second and third of its sources"
-    import random
-    from descgen.sources import source_rows, training_sources
-    from descgen.targets import _supported_rows
-    found, copies = training_sources(grounding.sources, list(numbers), 3, grounding.near_threshold), []
-    for pair in ((0, 1), (0, 2), (1, 2)):
-        wanted = [[one[place] for place in pair if place < len(one)] for one in found]
-        copies += [{**row, "sources": own} for row, own in zip(rows, source_rows(grounding.sources, wanted))]
-    random.Random(len(copies)).shuffle(copies) # copies of a row are not packed beside each other
-    return _supported_rows(copies, grounding)
 
 def marked(row, tried): return {**row, "title": row["title"] + MARKER} if tried == "marked" else row
 
@@ -365,7 +351,7 @@ def collect(args):
         if way in BASES:
             texts[BASES[way]] = [found[0]["base"]]
         settings = WAYS[way]
-        if (settings.get("sources"), settings.get("try", "pairs")) == (2, "pairs") and "source_chars" not in settings:
+        if settings.get("sources") == 2 and not {"try", "source_chars"} & set(settings):
             rows = found[0]["rows"]
     return texts, written, rows, costs, {name: found[0][name] for name in ("machine", "versions")}
 

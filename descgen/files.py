@@ -167,7 +167,7 @@ def _upgrade_funnel(funnel):
 # %% ../nbs/00_files.ipynb #c559a1d1
 _NEW_PARAMETERS = {"sources": 0, "source_chars": 400, "targets": "all"}
 # and every run before these parameters existed with these
-_TRAINING_PARAMETERS = {"compile": False, "base_precision": "loaded"}
+_TRAINING_PARAMETERS = {"compile": False, "base_precision": "loaded", "source_sets": 1}
 
 def _upgrade_given(given, schema):
     "The parameters of a run, with the values that it had before they were parameters"

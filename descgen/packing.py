@@ -118,7 +118,8 @@ class _ShuffledBlocks(_PackBlocks):
     def __getstate__(self): # the values that identify these packs when they are hashed
         settings = (self.parts, self.max_length, self.loss_on,
                     self.packing, self.seed, self.block_rows)
-        grounding = (self.grounding.n_sources, self.grounding.targets) if self.grounding else None
+        own = self.grounding
+        grounding = (own.n_sources, own.targets, *([own.n_sets] if own.n_sets > 1 else [])) if own else None
         return self.rows._fingerprint, *settings, grounding
 
     def _shuffled_block(self, n):

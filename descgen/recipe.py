@@ -47,6 +47,7 @@ class Recipe(DataSettings, LoraSettings):
     date_string: Text
     sources: Annotated[int, Field(ge=0, le=16)]
     source_chars: Annotated[int, Field(ge=20)]
+    source_sets: Annotated[int, Field(ge=1, le=16)]
     targets: Literal["all", "supported"]
     per_device_train_batch_size: PositiveInt
     gradient_accumulation_steps: PositiveInt
@@ -80,6 +81,7 @@ class Recipe(DataSettings, LoraSettings):
     def _check_combinations(self):
         if self.max_length > self.max_seq_length:
             raise ValueError("max_length must not be above max_seq_length")
+        if self.source_sets > 1 and not self.sources: raise ValueError("source_sets above 1 needs sources")
         if self.fp16 and self.bf16 is True: raise ValueError("bf16 and fp16 exclude each other")
         return self
 
@@ -90,8 +92,9 @@ def without_unused(
     "The parameters of which a result depends: without those for sources, targets, precision and processes if unused"
     unused = set()
     if not parameters["sources"]:
-        unused |= {"sources", "source_chars"}
+        unused |= {"sources", "source_chars", "source_sets"}
         if parameters["targets"] == "all": unused.add("targets")
+    if parameters.get("source_sets") == 1: unused.add("source_sets")
     if parameters.get("base_precision") == "loaded": unused.add("base_precision")
     if parameters.get("num_processes") == 1: unused.add("num_processes")
     return {name: value for name, value in parameters.items() if name not in unused}
