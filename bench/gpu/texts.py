@@ -6,13 +6,14 @@
 All are compared with transformers' `generate` on the merged model in float32, one title at a time. The merged model
 is exported in float32, so that all ways have the same weights, also if they round them. Each way is a
 process of its own. In 16 bits two tokens that are nearly as likely change places, so a text can differ from there on;
-in float32 the texts should be equal.
+in float32 the texts should be equal, unless two tokens are as likely but for the order of a sum. So the table has the gap
+of the two likeliest tokens where a text first differs: the difference of their logits in the first way.
 """
 import importlib.util
 import statistics
 from pathlib import Path
 
-from ..markdown import circumstances, markdown_table
+from ..markdown import circumstances, markdown_table, number
 from ..measure import print_result, run_child, save_result
 from .card import CARD, SAMPLE, device, has_gpu
 from .models import read_rows
@@ -56,13 +57,16 @@ def write_transformers(args, dtype):
     folder = merged_folder(args.adapter)
     tokenizer = load_tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device()).eval()
-    texts = []
+    texts, gaps = [], []
     for prompt in make_prompts(tokenizer, args):
         ids = torch.tensor([prompt], device=device())
         out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, repetition_penalty=1.0,
-            max_new_tokens=args.new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-        texts.append(out[0, len(prompt):].tolist())
-    return texts
+            max_new_tokens=args.new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            return_dict_in_generate=True, output_logits=True)
+        texts.append(out.sequences[0, len(prompt):].tolist())
+        likeliest = torch.cat(out.logits).topk(2).values.float()
+        gaps.append((likeliest[:, 0] - likeliest[:, 1]).tolist())
+    return texts, gaps
 
 def write_descgen(args, dtype):
     "descgen with base and adapter"
@@ -73,7 +77,7 @@ def write_descgen(args, dtype):
         decoding.decode = static_decoding.decode_static
     own = Describer(args.adapter, 0, load_in_4bit=False, dtype=dtype)
     sampling = Sampling(args.new_tokens, greedy=True, batch_size=args.titles)
-    return complete(own.model, own.tokenizer, make_prompts(own.tokenizer, args), sampling, progress=False)
+    return complete(own.model, own.tokenizer, make_prompts(own.tokenizer, args), sampling, progress=False), None
 
 def write_vllm(args, dtype):
     "vLLM on the merged model"
@@ -83,7 +87,7 @@ def write_vllm(args, dtype):
     tokenizer = load_tokenizer(folder)
     model = VllmModel(folder, dtype=dtype, gpu_memory_utilization=0.3)
     sampling = Sampling(args.new_tokens, greedy=True)
-    return model.complete(tokenizer, make_prompts(tokenizer, args), sampling, None, False)
+    return model.complete(tokenizer, make_prompts(tokenizer, args), sampling, None, False), None
 
 WRITERS = {"transformers": write_transformers, "descgen": write_descgen, "vllm": write_vllm}
 
@@ -91,11 +95,13 @@ def first_difference(a, b):
     "The number of equal tokens at the beginning"
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
-def compare(texts, expected):
-    "How many texts are equal, and after how many tokens the others differ"
-    different = [first_difference(a, b) for a, b in zip(texts, expected, strict=True) if a != b]
+def compare(texts, expected, gaps):
+    "How many texts are equal, after how many tokens the others differ, and the gaps of the likeliest tokens there"
+    different = {i: first_difference(a, b) for i, (a, b) in enumerate(zip(texts, expected, strict=True)) if a != b}
+    found = [gaps[i][min(at, len(gaps[i]) - 1)] for i, at in different.items()]
     return {"texts": len(texts), "equal": len(texts) - len(different),
-        "median_first_difference": statistics.median(different) if different else None}
+        "median_first_difference": statistics.median(different.values()) if different else None,
+        "largest_gap": max(found, default=None)}
 
 def is_possible(way): return not way.startswith("vllm") or importlib.util.find_spec("vllm") is not None
 
@@ -103,16 +109,18 @@ def run(args):
     if args.worker:
         import unsloth # before transformers
         name, dtype = args.worker.split("-")
-        return print_result({"texts": [list(map(int, ids)) for ids in WRITERS[name](args, dtype)]})
-    found, summary = {}, {}
+        texts, gaps = WRITERS[name](args, dtype)
+        return print_result({"texts": [list(map(int, ids)) for ids in texts], "gaps": gaps})
+    found, summary, gaps = {}, {}, None
     for way in dict.fromkeys([FIRST, *filter(is_possible, args.ways)]):
         words = [args.adapter.resolve(), "--worker", way, "--titles", args.titles, "--new-tokens", args.new_tokens]
         try:
-            found[way] = run_child("gpu-texts", *words, "--rows", args.rows.resolve(), HF_HUB_OFFLINE="1")["texts"]
+            result = run_child("gpu-texts", *words, "--rows", args.rows.resolve(), HF_HUB_OFFLINE="1")
         except SystemExit as e:
             print(f"{way} failed: {str(e)[-2000:]}", flush=True)
             continue
-        summary[way] = compare(found[way], found[FIRST])
+        found[way], gaps = result["texts"], gaps or result["gaps"]
+        summary[way] = compare(found[way], found[FIRST], gaps)
         save_result(args.results, "gpu-texts", summary, found)
 
 # Tables
@@ -123,7 +131,8 @@ def tables(read):
         return {}
     rows = []
     for way, s in record["summary"].items():
-        first = s["median_first_difference"]
-        rows.append([way.replace("-", ", "), f"{s['equal']} of {s['texts']}", "" if first is None else f"{first:.0f}"])
-    head = ["", "equal to transformers in float32", "others differ after so many tokens (median)"]
+        first, gap = s["median_first_difference"], s.get("largest_gap")
+        rows.append([way.replace("-", ", "), f"{s['equal']} of {s['texts']}", number(first, ".0f"), number(gap, ".4f")])
+    head = ["", "equal to transformers in float32", "others differ after so many tokens (median)",
+        "largest gap of the likeliest tokens there"]
     return {"gpu-texts": [circumstances(record, *CARD), "", *markdown_table(head, rows)]}
