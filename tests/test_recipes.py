@@ -27,7 +27,7 @@ def test_recipe_passes_and_states_only_what_differs(path):
     assert not redundant(read(path), base)
 
 def test_recipe_with_unknown_name_or_wrong_value_is_refused():
-    for wrong in ({"source": 2}, {"targets": "suported"}, {"sources": -1}):
+    for wrong in ({"source": 2}, {"targets": "suported"}, {"sources": -1}, {"source_sets": 3}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             check_recipe(DEFAULTS | wrong)
     assert redundant({"sources": 0, "targets": "supported"}) == ["sources"]
