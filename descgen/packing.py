@@ -119,7 +119,7 @@ class _ShuffledBlocks(_PackBlocks):
         settings = (self.parts, self.max_length, self.loss_on,
                     self.packing, self.seed, self.block_rows)
         own = self.grounding
-        grounding = (own.n_sources, own.targets, *([own.n_sets] if own.n_sets > 1 else [])) if own else None
+        grounding = (own.n_sources, own.n_sets, own.targets) if own else None
         return self.rows._fingerprint, *settings, grounding
 
     def _shuffled_block(self, n):

@@ -81,7 +81,7 @@ class Recipe(DataSettings, LoraSettings):
     def _check_combinations(self):
         if self.max_length > self.max_seq_length:
             raise ValueError("max_length must not be above max_seq_length")
-        if self.source_sets > 1 and not self.sources: raise ValueError("source_sets above 1 needs sources")
+        if self.source_sets > 1 and not self.sources: raise ValueError("source_sets above 1 needs sources above 0")
         if self.fp16 and self.bf16 is True: raise ValueError("bf16 and fp16 exclude each other")
         return self
 

@@ -12,6 +12,7 @@ from itertools import combinations, count, islice
 from math import comb
 from random import Random
 
+from fastcore.basics import patch
 from .claims import Claim, Sentence, common_words, detect_language, sentences, unsupported_claims
 from .dataset import PreparedData
 from .sources import Sources, source_rows, training_sources, write_sources
@@ -68,11 +69,6 @@ def source_places(
     return list(islice(combinations(range(most), n_sources), n_sets))
 
 # %% ../nbs/22_targets.ipynb #5b56d4a9
-def _without_examples(rejected, kept):
-    "The rejected rows of which no example is learnt, once each"
-    learnt = {row.get("line") for row in kept}
-    return list({row["line"]: row for row in rejected if row["line"] not in learnt}.values())
-
 @dataclass(frozen=True)
 class Grounding:
     "Which sources a row gets, and what of its content is learnt"
@@ -87,30 +83,37 @@ class Grounding:
 
     def training_rows(self, rows, numbers):
         "Training rows with their sources, the sentences removed from each, and rejected rows with a `reason`"
-        rows = self._examples(rows, list(numbers)) if self.n_sources and rows else rows
+        if self.n_sources and rows: rows = self._examples(rows, list(numbers))
         if self.targets == "all": return rows, [[] for _ in rows], []
         kept, removed, rejected = _supported_rows(rows, self)
-        return kept, removed, rejected if self.n_sets == 1 else _without_examples(rejected, kept)
+        return kept, removed, rejected if self.n_sets == 1 else _not_learnt(rejected, kept)
 
     def test_rows(self, rows):
         "Test rows with their sources; their contents stay"
         if not self.n_sources or not rows: return rows
         return self._with_sources(rows, self.sources.nearest([row["title"] for row in rows], self.n_sources))
 
-    def _examples(self, rows, numbers):
-        "The training rows with each set of their sources"
-        sets = source_places(self.n_sources, self.n_sets)
-        most = 1 + max(places[-1] for places in sets)
-        found, examples = training_sources(self.sources, numbers, most, self.near_threshold), []
-        for places in sets:
-            own = [[nearest[place] for place in places if place < len(nearest)] for nearest in found]
-            examples += self._with_sources(rows, own)
-        if len(sets) > 1: Random(len(examples)).shuffle(examples)
-        return examples
-
     def _with_sources(self, rows, found):
         "Rows with the sources that were found for them"
         return [{**row, "sources": own} for row, own in zip(rows, source_rows(self.sources, found))]
+
+# %% ../nbs/22_targets.ipynb #22a00008
+def _not_learnt(rejected, kept):
+    "The rejected rows of which no example is learnt, once each; `line` identifies a row"
+    learnt = {row["line"] for row in kept}
+    return list({row["line"]: row for row in rejected if row["line"] not in learnt}.values())
+
+@patch
+def _examples(self:Grounding, rows, numbers):
+    "The training rows with each set of their sources"
+    sets = source_places(self.n_sources, self.n_sets)
+    most = 1 + max(places[-1] for places in sets)
+    found, examples = training_sources(self.sources, numbers, most, self.near_threshold), []
+    for places in sets:
+        own = [[nearest[place] for place in places if place < len(nearest)] for nearest in found]
+        examples += self._with_sources(rows, own)
+    if len(sets) > 1: Random(len(examples)).shuffle(examples)
+    return examples
 
 # %% ../nbs/22_targets.ipynb #1b95f8ba
 def prepare_grounding(

@@ -18,7 +18,7 @@ from .probability import ClaimProbability
 # %% ../nbs/51_verified.ipynb #c51006
 @dataclass(frozen=True)
 class Checks:
-    "Which claims are supported, how often a sentence is written again, and how many drafts a text has; ValueError if it has none"
+    "Which claims are supported, and how texts are written again; ValueError if there is no draft"
     strict:bool = False # a claim must stand in the title, or in all sources alike
     attempts:int = 2 # versions of a sentence after the first one
     drafts:int = 1 # per text; of several, the best is kept

@@ -36,6 +36,7 @@ def add_options(parser):
     parser.add_argument("side", choices=SIDES)
     add_model_options(parser)
     parser.add_argument("--rounds", type=int, default=3, help="of `speed`; seeds of `loss`")
+    parser.add_argument("--suffix", help="of the result's name, to keep it beside that of another card: h100")
     parser.add_argument("--recompute", action="store_true", help="`speed` and `profile` with gradient_checkpointing")
 
 @contextmanager
@@ -267,7 +268,7 @@ def run(args):
     source = model_folder(args.model, args.work, args.small)
     small = "-small" if args.small else ""
     side = f"{args.side}-recomputed" if args.recompute else args.side
-    name = f"gpu-compiled-{side}-{args.model}{small}"
+    name = "-".join(["gpu-compiled", side, args.model + small, *filter(None, [args.suffix])])
     statistic = "mean" if args.side == "loss" else "median"
     save = lambda summary, raw, rounds: save_result(args.results, name, summary, raw, rounds, statistic)
     with card_lock():

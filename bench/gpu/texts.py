@@ -6,8 +6,8 @@
 All are compared with transformers' `generate` on the merged model in float32, one title at a time. The merged model
 is exported in float32, so that all ways have the same weights, also if they round them. Each way is a
 process of its own. In 16 bits two tokens that are nearly as likely change places, so a text can differ from there on;
-in float32 the texts should be equal, unless two tokens are as likely but for the order of a sum. So the table has the gap
-of the two likeliest tokens where a text first differs: the difference of their logits in the first way.
+in float32 the texts should be equal, unless two tokens are so near that the order of additions decides. So the table
+has the largest gap where texts first differ: the difference of the two largest logits in the first way.
 """
 import importlib.util
 import statistics
@@ -96,9 +96,9 @@ def first_difference(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 def compare(texts, expected, gaps):
-    "How many texts are equal, after how many tokens the others differ, and the gaps of the likeliest tokens there"
+    "How many texts are equal, after how many tokens the others differ, and the largest gap there"
     different = {i: first_difference(a, b) for i, (a, b) in enumerate(zip(texts, expected, strict=True)) if a != b}
-    found = [gaps[i][min(at, len(gaps[i]) - 1)] for i, at in different.items()]
+    found = [gaps[i][at] for i, at in different.items()]
     return {"texts": len(texts), "equal": len(texts) - len(different),
         "median_first_difference": statistics.median(different.values()) if different else None,
         "largest_gap": max(found, default=None)}
@@ -134,5 +134,5 @@ def tables(read):
         first, gap = s["median_first_difference"], s.get("largest_gap")
         rows.append([way.replace("-", ", "), f"{s['equal']} of {s['texts']}", number(first, ".0f"), number(gap, ".4f")])
     head = ["", "equal to transformers in float32", "others differ after so many tokens (median)",
-        "largest gap of the likeliest tokens there"]
+        "largest gap of the two largest logits there"]
     return {"gpu-texts": [circumstances(record, *CARD), "", *markdown_table(head, rows)]}
