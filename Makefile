@@ -19,7 +19,7 @@ NAME   := $(if $(CUDA),gpu,cpu)
 RUN    := outputs/runs/latest
 ARGS   ?=
 
-.PHONY: run test test-slow test-long test-multi test-browser processors sync pages readme lab
+.PHONY: run test fuzz test-slow test-long test-multi test-browser processors sync pages readme lab
 
 # Each run has a folder of its own in outputs/runs; `latest` is the one that finished last.
 run: $(READY)
@@ -31,6 +31,10 @@ test: $(READY)
 	@$(ENTER) nbdev_test --timing
 	@$(ENTER) python -m pytest -q -m 'not slow and not long and not browser and not multi' tests
 	@$(MAKE) --no-print-directory sync
+
+# The readers, the cleaning and the command's parameters tried on 5,000 examples per test, other ones each time.
+fuzz: $(READY)
+	@$(ENTER) FUZZ_RANDOM=1 FUZZ_EXAMPLES=$(or $(EXAMPLES),5000) nbdev_test --timing --file_re '^(10|11|12|90)'
 
 # Tests that take minutes, two files at a time; those of a real run look at the one that `make run` made last.
 test-slow: $(READY)

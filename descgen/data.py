@@ -489,6 +489,23 @@ def parse_csv_block(
     lines = io.StringIO(block.decode("utf-8", "surrogateescape"), newline="\n")
     return _records_to_rows(_parse_csv_records(lines, source, first), source)
 
+# %% ../nbs/11_data.ipynb #9d1f0b52
+def _is_utf8(block):
+    try:
+        block.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+def _can_be_parsed_alone(block, source):
+    "Whether the records of a block do not depend on what follows it"
+    if not _is_regular(block, source.separator): return False
+    ends, breaks = _record_ends(block), _positions(block, "\n")
+    if len(ends) == len(breaks): return True
+    has_lines = np.diff(np.searchsorted(breaks, ends), prepend=-1) > 1
+    is_wrong = _field_counts(block, source.separator, ends) != len(source.columns)
+    return not (has_lines & is_wrong).any() and _is_utf8(block)
+
 # %% ../nbs/11_data.ipynb #240fda95
 def _read_csv_parts(source, size):
     "Blocks of complete records; from the first irregular block on, Python's csv module parses the file"
@@ -503,7 +520,7 @@ def _read_csv_parts(source, size):
             block = b"".join(pending)
             ends = _record_ends(block)
             cut = int(ends[-1]) + 1 if len(ends) else 0
-            if cut <= 1 or not _is_regular(block[:cut], source.separator):
+            if cut <= 1 or not _can_be_parsed_alone(block[:cut], source):
                 yield from _read_irregular_parts(source, block, pieces, line)
                 return
             yield line, partial(parse_csv_block, block[:cut], line, source), position
