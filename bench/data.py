@@ -28,7 +28,7 @@ from .measure import (NOTEBOOK, SCRATCH, interleaved, measure_parts, peak_memory
 RECIPE = dict(min_chars=20, max_chars=20_000) # of all ways
 # or a hundredth of the lines: a file with many more counts as one in another encoding
 BAD_LINES = 1000
-NOT_COUNTED = ("load_model", "completion_loss") # cells that load the model or judge the base model
+NOT_COUNTED = ("load_model", "row_losses") # cells that load the model or measure its loss
 PAIRS = 4 # of limit and descgen, with nothing else running
 GROUNDED = {"sources": 2, "targets": "supported"} # of a start with sources
 TITLES = 1000 # of each kind, to find sources of

@@ -176,7 +176,7 @@ def read_rests(
 
 # %% ../nbs/34_decoding.ipynb #1b088412
 MAX_CACHE_TOKENS = 2**15 # in all slots together: longer prompts get fewer slots
-MAX_READ_TOKENS = 2**13 # read together
+MAX_READ_TOKENS = 2**11 # read together, with their padding
 
 @dataclass
 class _Decoding:
@@ -215,27 +215,36 @@ def next_group(
     prompts:list[list[int]], # token ids
     waiting:deque, # numbers of the prompts that wait; those of the group are taken out
     most:int, # free slots
+    tokens:int, # most tokens of the group, with its padding
 )->list[int]: # numbers of prompts; at least one if one waits
-    "Prompts to read together: one for each free slot, and at most `MAX_READ_TOKENS` tokens with their padding"
+    "Prompts to read together: one for each free slot, unless they have too many tokens"
     group, width = [], 0
     while waiting and len(group) < most:
         width = max(width, len(prompts[waiting[0]]))
-        if group and width*(len(group) + 1) > MAX_READ_TOKENS: break
+        if group and width*(len(group) + 1) > tokens: break
         group.append(waiting.popleft())
     return group
+
+# %% ../nbs/34_decoding.ipynb #5e0c7a11
+def _different(prompts):
+    "Each different prompt once, and for each prompt its index among these"
+    indices = {}
+    rows = [indices.setdefault(tuple(prompt), len(indices)) for prompt in prompts]
+    return [list(prompt) for prompt in indices], rows
 
 # %% ../nbs/34_decoding.ipynb #3e7d03c9
 def _fill_slots(decoding, free):
     "Read waiting prompts into free slots, and choose their first tokens"
-    group, start = next_group(decoding.prompts, decoding.waiting, len(free)), len(decoding.prefix)
-    rests = [decoding.prompts[owner][start:] for owner in group]
+    group = next_group(decoding.prompts, decoding.waiting, len(free), MAX_READ_TOKENS)
+    used, start = free[:len(group)], len(decoding.prefix)
+    different, rows = _different([decoding.prompts[owner] for owner in group])
+    rests = [prompt[start:] for prompt in different]
     scores, cache = read_rests(decoding.model, rests, decoding.prefix_cache, decoding.limits[2])
-    for row, (slot, owner) in enumerate(zip(free, group)):
+    for row, slot, owner in zip(rows, used, group):
         shared = [_states(decoding.prefix_cache, 0, start)] if start else []
         put(decoding.slots, slot, [*shared, _states(cache, row, len(rests[row]))])
         decoding.owners[slot] = owner
-    used = free[:len(group)]
-    tokens = decoding.choose(scores, group, [0]*len(group))
+    tokens = decoding.choose(scores[rows], group, [0]*len(group))
     decoding.last[used] = tokens
     _take(decoding, used, tokens)
 

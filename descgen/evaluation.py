@@ -277,12 +277,23 @@ def _encode_by_system(rows, examples, tokenizer, parts, recipe):
     plain = encode_rows(without, tokenizer, parts, recipe.max_length, "completion")[0]
     return {BASE: plain, BASE_SOURCES: examples, TUNED: examples}
 
-def _add_losses(columns, model, encoded, contents, recipe):
+# %% ../nbs/62_evaluation.ipynb #6d1e0a22
+def _measured_losses(losses, examples, with_sources, recipe):
+    "Those losses of a run that are the ones of a system on these examples"
+    if losses is None or any(len(own) != len(examples) for own in losses): return {}
+    before, after = losses
+    if recipe.adapter_path: return {TUNED: after}
+    return {BASE_SOURCES if with_sources else BASE: before, TUNED: after}
+
+def _add_losses(columns, model, encoded, contents, recipe, measured):
     "Add the test losses of the base and the fine-tuned model"
+    from descgen.losses import row_losses
     for name, examples in encoded.items():
-        with nullcontext() if name == TUNED else model.disable_adapter():
-            losses = loss_sums(model, examples, contents, recipe)
-        columns[name] |= {m: np.array(sums, float) for m, sums in losses.items()}
+        losses = measured.get(name)
+        if losses is None:
+            with nullcontext() if name == TUNED else model.disable_adapter():
+                losses = row_losses(model, examples, recipe)
+        columns[name] |= {m: np.array(sums, float) for m, sums in loss_sums(losses, contents).items()}
 
 # %% ../nbs/62_evaluation.ipynb #5b4ab6dd
 def _select(columns, mask):
@@ -321,6 +332,7 @@ def evaluate(
     parts, # the template's parts, as in training
     recipe, # resolved; sets precision, sampling and seed
     *,
+    losses:tuple|None=None, # of `rows` before and after training, both from `row_losses`; None: measured here
     leaked:set=frozenset(), # indices of test rows with a duplicate or near-duplicate in `train`, from `find_leaks`
     probability=None, # from `fit_probability`: verified texts state no unlikely claim of a source
 )->Evaluation: # without titles if no row can be used
@@ -339,7 +351,8 @@ def evaluate(
     texts |= baselines(titles, train, near)
     ended = {name: ended.get(name, [True]*len(titles)) for name in texts} # the other texts are complete
     columns = _all_metric_sums(texts, ended, usable, grounds, train)
-    _add_losses(columns, model, _encode_by_system(usable, examples, tokenizer, parts, recipe), contents, recipe)
+    encoded = _encode_by_system(usable, examples, tokenizer, parts, recipe)
+    _add_losses(columns, model, encoded, contents, recipe, _measured_losses(losses, examples, sources, recipe))
     return Evaluation(
         titles, contents, texts, ended,
         distinct={name: distinct_n(own) for name, own in texts.items()},
@@ -355,15 +368,14 @@ def _time_call(function, *args, **kw):
     function(*args, **kw)
     return time.perf_counter() - start
 
-def _estimate_generation(model, tokenizer, prompts, tokens):
-    "Seconds to generate `tokens` tokens per prompt, extrapolated from 2 and 10 tokens"
+def _token_seconds(model, tokenizer, prompts):
+    "Seconds to write one token of each text, from texts of 2 and 10 tokens after the ends of the prompts"
     from descgen.inference import Sampling, complete
-    few, many = 2, 10
-    short_texts, long_texts = (Sampling(n, greedy=True, batch_size=max(1, len(prompts))) for n in (few, many))
-    complete(model, tokenizer, prompts, short_texts, progress=False) # warm-up
-    short = _time_call(complete, model, tokenizer, prompts, short_texts, progress=False)
-    long = _time_call(complete, model, tokenizer, prompts, long_texts, progress=False)
-    return short + max(long - short, 0)/(many - few)*(tokens - few)
+    ends, counts = [prompt[-32:] for prompt in prompts], (2, 10)
+    few, many = (Sampling(n, greedy=True, batch_size=max(1, len(ends))) for n in counts)
+    complete(model, tokenizer, ends, few, progress=False) # warm-up
+    seconds = [_time_call(complete, model, tokenizer, ends, texts, progress=False) for texts in (few, many)]
+    return max(seconds[1] - seconds[0], 0)/(counts[1] - counts[0])
 
 # %% ../nbs/62_evaluation.ipynb #bdddc17f
 def estimate_evaluation(
@@ -379,12 +391,13 @@ def estimate_evaluation(
     from descgen.losses import completion_loss
     examples = encode_rows(rows[:16], tokenizer, parts, recipe.max_length, "completion")[0]
     if not examples: return 0.0
-    loss_seconds = _time_call(completion_loss, model, examples, recipe)/len(examples)*len(rows)
+    row_seconds = _time_call(completion_loss, model, examples, recipe)/len(examples)
     with_sources = _row_sources(rows) is not None
     prompts = [prompt_ids(r["title"], tokenizer, parts, r.get("sources") or ()) for r in rows[:100]]
-    batch_seconds = _estimate_generation(model, tokenizer, prompts, recipe.max_new_tokens)
-    loss_passes = 5 + steps//recipe.eval_steps # before, after, twice in the evaluation, and at the last step
-    loss_passes += with_sources # the base model without and with sources
+    batch_seconds = row_seconds*len(prompts) + recipe.max_new_tokens*_token_seconds(model, tokenizer, prompts)
+    loss_passes = 3 + steps//recipe.eval_steps # before, after, and at the last step
+    loss_passes += with_sources or bool(recipe.adapter_path) # the base model in the evaluation
     shown = 2 if recipe.n_titles else 0.5 # the texts shown before and after training, and one more after it
-    batches = (4 + with_sources)*len(rows)/len(prompts) + shown
-    return (loss_passes*loss_seconds + batches*batch_seconds)/60
+    # with sources also those of the base model with them, and new versions of unsupported sentences
+    batches = (4 + 2*with_sources)*len(rows)/len(prompts) + shown
+    return (loss_passes*row_seconds*len(rows) + batches*batch_seconds)/60

@@ -10,7 +10,7 @@ __all__ = ['METRICS', 'CLAIM_METRICS', 'BASE', 'TUNED', 'GREEDY', 'BASE_SOURCES'
            'claim_sums', 'metric_sums']
 
 # %% ../nbs/61_metrics.ipynb #6c2030f1
-import math, sys
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -87,18 +87,12 @@ def distinct_n(
 
 # %% ../nbs/61_metrics.ipynb #161b75ef
 def loss_sums(
-    model, # with or without its adapter
-    examples:list[dict], # from `encode_rows` with `loss_on="completion"`
+    losses:list[tuple[float, int]], # from `row_losses`
     contents:list[str], # descriptions of the same rows
-    recipe, # sets the precision
 )->dict: # metrics and their sums, one row per example
     "Loss per token (natural logarithm) and bits per byte"
-    from tqdm import tqdm
-    from descgen.losses import row_losses
-    losses = row_losses(model, examples, recipe, 1024)
-    sums = list(tqdm(losses, desc="test loss", total=len(examples), unit="row", mininterval=2, file=sys.stdout))
-    bits = [(loss/math.log(2), len(c.encode())) for (loss, _), c in zip(sums, contents)]
-    return {"loss": sums, "bits_per_byte": bits}
+    bits = [(loss/math.log(2), len(c.encode())) for (loss, _), c in zip(losses, contents, strict=True)]
+    return {"loss": losses, "bits_per_byte": bits}
 
 # %% ../nbs/61_metrics.ipynb #8c7a1901
 def _bleu_from_sums(sums):

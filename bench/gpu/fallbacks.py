@@ -122,15 +122,15 @@ def loaded_equals_saved(given):
 @check
 def row_losses_are_of_rows(given):
     "The sum of the losses of rows is the loss of all, and each row has its own"
-    from descgen.losses import completion_loss, row_losses
+    from descgen.losses import completion_loss, mean_loss, row_losses
     recipe = make_recipe(model_id=given["embedded"])
     model, tokenizer = load_trained(recipe)
     examples = make_examples(given, tokenizer)
-    rows = list(row_losses(model, examples, recipe))
+    rows = row_losses(model, examples, recipe)
     means = [nats/n for nats, n in rows]
     alone = [completion_loss(model, [e], recipe) for e in examples]
     together = completion_loss(model, examples, recipe)
-    summed = sum(nats for nats, _ in rows)/sum(n for _, n in rows)
+    summed = mean_loss(rows)
     furthest = max(abs(a - b) for a, b in zip(means, alone))
     found = {"furthest row": furthest, "all at once": together, "row by row": summed}
     assert furthest < 1e-3 and abs(together - summed) < 5e-3, found
