@@ -179,7 +179,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, A):
         "Compute both products and save the inputs"
-        ctx.save_for_backward(gate.to(A.dtype), up.to(A.dtype), A)
+        ctx.save_for_backward(gate.to(A.dtype)[None], up.to(A.dtype)[None], A)
         y = (F.silu(gate.float())*up.float()).to(A.dtype)
         return y, y @ A.T
 
@@ -187,7 +187,7 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad_y, grad_yA):
         "The gradients of `gate`, `up` and `A`; y is computed again"
         gate, up, A = ctx.saved_tensors
-        gate, up = gate.float(), up.float()
+        gate, up = gate[0].float(), up[0].float()
         sigmoid = torch.sigmoid(gate)
         y = (gate*sigmoid*up).to(A.dtype)
         grad = (grad_y + grad_yA @ A).float()
