@@ -8,7 +8,7 @@ from conftest import NOTEBOOK, ROOT, environment, start_descgen, write_recipe
 from descgen.files import load_manifest
 
 pytestmark = pytest.mark.slow
-KILLS = 8
+KILLS = 5
 
 @pytest.fixture
 def checkpointed(small):
