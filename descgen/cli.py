@@ -106,6 +106,10 @@ def _report(path, max_length, **options):
         return data_report(data, tokenizer, template_parts(tokenizer), max_length)
 
 # %% ../nbs/90_cli.ipynb #836097dd
+def _report_path(adapter, data):
+    "Where the report of an evaluation is written; without `data` it repeats the run's own evaluation"
+    return adapter.parent/f"report-{data.name.split('.')[0] if data else 'again'}.html"
+
 @app.command("evaluate")
 def evaluate(
     adapter:Annotated[Path, typer.Option(help="The adapter's folder, inside its run's folder")],
@@ -114,7 +118,7 @@ def evaluate(
     content_field:ContentField="auto",
     encoding:Encoding="auto",
     rows:Annotated[int|None, typer.Option(min=1, help="Most test rows")]=None,
-    page:Annotated[Path|None, typer.Option("--page", help="The HTML page; else report.html in the run's folder")]=None,
+    page:Annotated[Path|None, typer.Option("--page", help="The HTML page; else report-DATA.html in the run's folder")]=None,
     as_json:Annotated[bool, typer.Option("--json", help="Print all figures as JSON")]=False,
 ):
     "Test whether fine-tuning helped, and by how much; ends with 1 if that cannot be measured"
@@ -127,8 +131,7 @@ def evaluate(
             from descgen.report import write_report
             from descgen.verdict import verdict
             evaluation = evaluate_adapter(adapter, data, rows, title_field, content_field, encoding)
-            written = write_report(
-                evaluation, page or adapter.parent/"report.html", adapter.resolve().parent.name)
+            written = write_report(evaluation, page or _report_path(adapter, data), adapter.resolve().parent.name)
     typer.echo(to_json(evaluation.to_dict()) if as_json else f"{verdict(evaluation)}\n{written}")
 
 # %% ../nbs/90_cli.ipynb #ec3b14a6
