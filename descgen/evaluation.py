@@ -397,7 +397,7 @@ def estimate_evaluation(
     batch_seconds = row_seconds*len(prompts) + recipe.max_new_tokens*_token_seconds(model, tokenizer, prompts)
     loss_passes = 3 + steps//recipe.eval_steps # before, after, and at the last step
     loss_passes += with_sources or bool(recipe.adapter_path) # the base model in the evaluation
-    shown = 2 if recipe.n_titles else 0.5 # the texts shown before and after training, and one more after it
     # with sources also those of the base model with them, and new versions of unsupported sentences
-    batches = (4 + 2*with_sources)*len(rows)/len(prompts) + shown
-    return (loss_passes*row_seconds*len(rows) + batches*batch_seconds)/60
+    texts = (4 + 2*with_sources)*len(rows)
+    texts += 2*recipe.n_titles + 1 # shown before and after training, and one more at the end
+    return (loss_passes*row_seconds*len(rows) + texts/len(prompts)*batch_seconds)/60

@@ -8,7 +8,7 @@ from conftest import ROOT, environment
 from descgen.runs import list_runs
 
 pytestmark = pytest.mark.slow
-KILLS, SECRET = 30, "planted-value-that-must-not-stay"
+KILLS, SECRET = 15, "planted-value-that-must-not-stay"
 CELLS = ['output_dir = ""', "import os, time\nprint(os.environ['PLANTED_TOKEN']); time.sleep(1)",
          "from descgen.files import update_manifest\nupdate_manifest(output_dir, state='finished')"]
 
