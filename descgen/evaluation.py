@@ -279,7 +279,7 @@ def _encode_by_system(rows, examples, tokenizer, parts, recipe):
 
 # %% ../nbs/62_evaluation.ipynb #6d1e0a22
 def _measured_losses(losses, examples, with_sources, recipe):
-    "Those losses of a run that are the ones of a system on these examples"
+    "The losses of a run, by the system that they belong to; none if they are of other rows"
     if losses is None or any(len(own) != len(examples) for own in losses): return {}
     before, after = losses
     if recipe.adapter_path: return {TUNED: after}

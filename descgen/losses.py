@@ -130,8 +130,8 @@ def mean_loss(
     losses:list[tuple[float, int]], # from `row_losses`
 )->float|None: # nats per token; None without rows
     "Mean loss over the completion tokens of all rows"
-    nats, counts = zip(*losses) if losses else ((), ())
-    return sum(nats)/sum(counts) if losses else None
+    if not losses: return None
+    return sum(nats for nats, _ in losses)/sum(count for _, count in losses)
 
 # %% ../nbs/41_losses.ipynb #e1d58ac0
 def loss_sums(
