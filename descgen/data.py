@@ -497,12 +497,11 @@ def _is_utf8(block):
         return False
     return True
 
-def _can_be_parsed_alone(block, source):
-    "Whether the records of a block do not depend on what follows it"
+def _can_be_parsed_alone(block, ends, source):
+    "Whether the records of a block, which end at `ends`, do not depend on what follows it"
     if not _is_regular(block, source.separator): return False
-    ends, breaks = _record_ends(block), _positions(block, "\n")
-    if len(ends) == len(breaks): return True
-    has_lines = np.diff(np.searchsorted(breaks, ends), prepend=-1) > 1
+    if len(ends) == block.count(b"\n"): return True # no record has several lines
+    has_lines = np.diff(np.searchsorted(_positions(block, "\n"), ends), prepend=-1) > 1
     is_wrong = _field_counts(block, source.separator, ends) != len(source.columns)
     return not (has_lines & is_wrong).any() and _is_utf8(block)
 
@@ -520,7 +519,7 @@ def _read_csv_parts(source, size):
             block = b"".join(pending)
             ends = _record_ends(block)
             cut = int(ends[-1]) + 1 if len(ends) else 0
-            if cut <= 1 or not _can_be_parsed_alone(block[:cut], source):
+            if cut <= 1 or not _can_be_parsed_alone(block[:cut], ends, source):
                 yield from _read_irregular_parts(source, block, pieces, line)
                 return
             yield line, partial(parse_csv_block, block[:cut], line, source), position
