@@ -105,11 +105,12 @@ def _report(path, max_length, **options):
         tokenizer = AutoTokenizer.from_pretrained(embedded_model())
         return data_report(data, tokenizer, template_parts(tokenizer), max_length)
 
-# %% ../nbs/90_cli.ipynb #836097dd
+# %% ../nbs/90_cli.ipynb #836097dc
 def _report_path(adapter, data):
     "Where the report of an evaluation is written; without `data` it repeats the run's own evaluation"
     return adapter.parent/f"report-{data.name.split('.')[0] if data else 'again'}.html"
 
+# %% ../nbs/90_cli.ipynb #836097dd
 @app.command("evaluate")
 def evaluate(
     adapter:Annotated[Path, typer.Option(help="The adapter's folder, inside its run's folder")],
@@ -118,7 +119,7 @@ def evaluate(
     content_field:ContentField="auto",
     encoding:Encoding="auto",
     rows:Annotated[int|None, typer.Option(min=1, help="Most test rows")]=None,
-    page:Annotated[Path|None, typer.Option("--page", help="The HTML page; else report-DATA.html in the run's folder")]=None,
+    page:Annotated[Path|None, typer.Option("--page", help="The page; else report-DATA.html in the run's folder")]=None,
     as_json:Annotated[bool, typer.Option("--json", help="Print all figures as JSON")]=False,
 ):
     "Test whether fine-tuning helped, and by how much; ends with 1 if that cannot be measured"

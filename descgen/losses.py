@@ -124,7 +124,8 @@ def row_losses(
     "The summed loss of each example's completion"
     from tqdm import tqdm
     losses = _losses_in_batches(model, examples, recipe, 1 if has_cuda() else tokens)
-    return list(tqdm(losses, desc="test loss", total=len(examples), unit="row", delay=2, mininterval=2, file=sys.stdout))
+    return list(tqdm(losses, desc="test loss", total=len(examples), unit="row", delay=2, mininterval=2,
+                     file=sys.stdout))
 
 def mean_loss(
     losses:list[tuple[float, int]], # from `row_losses`
