@@ -490,13 +490,6 @@ def parse_csv_block(
     return _records_to_rows(_parse_csv_records(lines, source, first), source)
 
 # %% ../nbs/11_data.ipynb #9d1f0b52
-def _is_utf8(block):
-    try:
-        block.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
 def _can_be_parsed_alone(block, ends, source):
     "Whether the records of a block, which end at `ends`, do not depend on what follows it"
     if not _is_regular(block, source.separator): return False
