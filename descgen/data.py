@@ -53,9 +53,9 @@ def _read_head(path, encoding, size=_HEAD_SIZE):
     return b"".join(pieces)[:size], n <= size
 
 # %% ../nbs/11_data.ipynb #c01e15c5
-def _is_utf8(line):
+def _is_utf8(data):
     try:
-        line.decode("utf-8")
+        data.decode("utf-8")
     except UnicodeDecodeError:
         return False
     return True
