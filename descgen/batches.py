@@ -305,7 +305,7 @@ def _rejected_entry(row):
 # %% ../nbs/80_batches.ipynb #eda62184
 def _text_entry(verified):
     "A text with its claims, sources and tokens"
-    return {"text": verified.text, "claims": [asdict(claim) for claim in verified.claims],
+    return {"text": verified.text, "claims": [vars(claim) for claim in verified.claims],
         "sources": [source["uid"] for source in verified.sources],
         "tokens": verified.n_tokens, "finish_reason": verified.finish_reason,
         "left_out": list(verified.removed)}

@@ -28,7 +28,11 @@ def to_json(
     indent:int|None=None, # spaces for each level; None: one line
 )->str: # strict JSON: NaN and Infinity become null
     "A value as JSON that every reader accepts"
-    return json.dumps(_without_nan(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    options = {"indent": indent, "ensure_ascii": False, "allow_nan": False}
+    try:
+        return json.dumps(value, **options)
+    except (TypeError, ValueError): # NumPy's numbers, NaN or Infinity
+        return json.dumps(_without_nan(value), **options)
 
 # %% ../nbs/00_files.ipynb #da8ea901
 def from_json(
