@@ -36,6 +36,7 @@ def add_options(parser):
     parser.add_argument("--rounds", type=int, default=2, help="the fastest counts")
     parser.add_argument("--sources", type=int, default=0, help="in each prompt of descgen")
     parser.add_argument("--sizes", type=int, nargs="+", help="batch sizes (default: all of the side)")
+    parser.add_argument("--suffix", help="of the result's name, to keep it beside that of another card: h100")
     parser.add_argument("--profile", action="store_true",
         help="also the operations that take most time, for the smallest and the largest batch")
 
@@ -233,7 +234,8 @@ def summarize(found, new_tokens):
 
 def save(args, way, found):
     "Write what is measured so far"
-    name = f"gpu-write-{way}{'-sources' if args.sources else ''}-{args.model}{'-small' if args.small else ''}"
+    parts = [way, args.sources and "sources", args.model, args.small and "small", args.suffix]
+    name = "-".join(["gpu-write", *filter(None, parts)])
     raw = {str(size): vars(one) for size, one in found.items()}
     save_result(args.results, name, summarize(found, args.new_tokens), raw, args.rounds, "fastest")
 
@@ -278,10 +280,8 @@ def table_of(records, key, form, sizes):
         rows.append([size, *(number(figure, form) for figure in figures)])
     return rows
 
-def tables(read):
-    records = {way: record for way in LABELS if (record := read(f"gpu-write-{way}-llama"))}
-    if not records:
-        return {}
+def write_tables(records):
+    "Speed and memory of the ways, by batch size"
     sizes = sorted({size for record in records.values() for size in record["summary"]}, key=int)
     head = [LABELS[way] for way in records]
     rates = table_of(records, "per_minute", ",.0f", sizes)
@@ -293,4 +293,12 @@ def tables(read):
     memory = [row for row in table_of(records, "memory_gb", ".1f", sizes) if any(row[1:])]
     if memory:
         lines += ["", *markdown_table(["batch: peak memory in GB", *head], memory)]
-    return {"gpu-write": lines}
+    return lines
+
+def tables(read):
+    found = {}
+    for marker, suffix in {"gpu-write": "", "gpu-write h100": "-h100"}.items():
+        records = {way: record for way in LABELS if (record := read(f"gpu-write-{way}-llama{suffix}"))}
+        if records:
+            found[marker] = write_tables(records)
+    return found
