@@ -11,7 +11,7 @@ PATHS = sorted((ROOT/"recipes").glob("*.yaml"))
 SWEEP = ROOT/"recipes"/"sweep.yaml"
 FSDP = ROOT/"recipes"/"fsdp.yaml" # Accelerate's configuration: tests/test_fsdp.py
 RECIPES = [path for path in PATHS if path not in (SWEEP, FSDP)]
-CARDS = ("t4", "a100", "h200")
+CARDS = ("t4", "a100", "h100")
 
 def read(path):
     return yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -4,7 +4,7 @@
     python -m bench gpu-compiled profile llama WORK     # the kernels of a step in the last three
     python -m bench gpu-compiled loss embedded WORK     # float32, compiled bf16, 8 bits: test loss, three seeds
 
-`speed` runs all ways in one process, every other round in reverse order, with `recipes/best.yaml` and `h200.yaml`, and
+`speed` runs all ways in one process, every other round in reverse order, with `recipes/best.yaml` and `h100.yaml`, and
 every result is written at once. float32 of `loss` is transformers' own model. The warm-up is that of a way's first
 round; `BREAK_EVEN_TOKENS` of `descgen.compiled` comes from it. Programs on the disk would shorten it, so
 `TORCHINDUCTOR_CACHE_DIR` is a new folder.
@@ -277,7 +277,7 @@ def run(args):
         rows = read_rows(args.rows)
         rows = rows[:40] if args.small else rows*(1 + 8000//len(rows))
         more = dict(loss_on="all", gradient_checkpointing=args.recompute)
-        recipe = make_recipe(source, args.small, "best", "h200", **more)
+        recipe = make_recipe(source, args.small, "best", "h100", **more)
         measure_side = speed_side if args.side == "speed" else profile_side
         measure_side(args, recipe, rows, 200 if args.small else 2*TOKENS, save)
 

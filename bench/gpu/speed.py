@@ -21,7 +21,7 @@ from .models import model_folder, read_rows, with_sources
 
 WARM, TOKENS = 2, 400_000 # steps that do not count; useful tokens that do, about
 # GB for PyTorch on a card, beside the driver's half a GB
-CARDS = {"t4": 14, "a100": 39, "h200": None}
+CARDS = {"t4": 14, "a100": 39, "h100": None}
 LEAN = dict(lora_dropout=0, gradient_checkpointing=False)
 LEAN_16 = LEAN | dict(load_in_4bit=False)
 SETTINGS = {
@@ -39,7 +39,7 @@ SETTINGS = {
     "neither, 4 packs": LEAN | dict(per_device_train_batch_size=4),
     "neither, 4 packs, fp16": LEAN | dict(per_device_train_batch_size=4, bf16=False, fp16=True)}
 # of the ways side by side
-RECIPES = {"the seed's settings": (), "recipes/h200.yaml": ("best", "h200")}
+RECIPES = {"the seed's settings": (), "recipes/h100.yaml": ("best", "h100")}
 
 def add_options(parser):
     parser.add_argument("side", choices=["unsloth", "plain", "settings"])
