@@ -359,11 +359,14 @@ def _write_missing(source, partial, describer, settings, batches, process=0, pro
             yield partial.rows
 
 # %% ../nbs/80_batches.ipynb #472e24d1
-def _finished_windows(path):
-    "For each window its results in the order of the input, and its rejected rows"
-    lines = _complete_lines(path)
-    next(lines) # settings
-    for _, entries in groupby((entry for entry, _ in lines), key=lambda entry: entry["window"]):
+def _entries(parts):
+    "The entries of partial files after their settings, by window"
+    lines = [islice(_complete_lines(part), 1, None) for part in parts]
+    return (entry for entry, _ in heapq.merge(*lines, key=lambda line: line[0]["window"]))
+
+def _finished_windows(parts):
+    "For each window of partial files its results in the order of the input, and its rejected rows"
+    for _, entries in groupby(_entries(parts), key=lambda entry: entry["window"]):
         results, rejected = [], []
         for entry in entries:
             results += entry["results"]
@@ -371,9 +374,9 @@ def _finished_windows(path):
         by_number = {"key": lambda found: found["number"]}
         yield sorted(results, **by_number), sorted(rejected, **by_number)
 
-def _output_rows(path, alternatives):
+def _output_rows(parts, alternatives):
     "The rows of an output: one per text"
-    for results, _ in _finished_windows(path):
+    for results, _ in _finished_windows(parts):
         for result in results:
             for i, text in enumerate(result["texts"]):
                 own = {"alternative": i} if alternatives > 1 else {}
@@ -444,9 +447,9 @@ def _write_texts(path, kind, rows, alternatives):
 # %% ../nbs/80_batches.ipynb #efa67fc4
 GENERATED = "generated" # the column that says which contents are generated
 
-def _with_texts(rows, path):
+def _with_texts(rows, parts):
     "Each row of the input that can be read, and its text; None if it was not written"
-    results = (result for found, _ in _finished_windows(path) for result in found)
+    results = (result for found, _ in _finished_windows(parts) for result in found)
     result = next(results, None)
     for row in rows:
         if result and result["number"] == row.number:
@@ -622,37 +625,37 @@ def _replace_file(path, write, *args):
         temporary.unlink(missing_ok=True)
 
 # %% ../nbs/80_batches.ipynb #2f67d20d
-def _write_rejected(path, partial_path):
-    "The file of rejected rows, if there are any; returns their reasons"
-    reasons = Counter()
+def _write_rejected(path, parts):
+    "The file of rejected rows, if there are any; returns the number of described rows, and the reasons of the rejected"
+    described, reasons = [], Counter()
     def rejected():
         "The rejected rows, which are counted"
-        for _, rows in _finished_windows(partial_path):
+        for results, rows in _finished_windows(parts):
+            described.append(len(results))
             reasons.update(_short_reason(row["reason"]) for row in rows)
             yield from rows
     _replace_file(path, _write_jsonl, rejected())
     if not reasons:
         path.unlink()
-    return dict(reasons.most_common())
+    return sum(described), dict(reasons.most_common())
 
 def _short_reason(reason):
     "A reason without its numbers, for counting"
     return reason.split(" has ")[0] + " is too long" if " tokens and leaves" in reason else reason
 
 # %% ../nbs/80_batches.ipynb #a93b6dc7
-def _write_output(output, partial, source, entries, settings):
-    "The settings, the rejected rows and the output; returns the reasons of rejected rows"
+def _write_output(output, parts, source, entries, settings):
+    "Settings, rejected rows and output of partial files; returns the number of described rows, and reasons of rejected"
     paths = output_paths(output)
     write_text(paths["settings"], to_json(entries, indent=1) + "\n")
-    reasons = _write_rejected(paths["rejected"], partial.path)
+    described, reasons = _write_rejected(paths["rejected"], parts)
     if settings.fill:
-        pairs = _with_texts(_read_rows(source, True), partial.path)
+        pairs = _with_texts(_read_rows(source, True), parts)
         _replace_file(output, _write_filled, source, pairs)
     else:
-        rows = _output_rows(partial.path, settings.alternatives)
+        rows = _output_rows(parts, settings.alternatives)
         _replace_file(output, _write_texts, output_kind(output), rows, settings.alternatives)
-    partial.path.unlink()
-    return reasons
+    return described, reasons
 
 # %% ../nbs/80_batches.ipynb #4d0df973
 def _count_input(path, name, output, settings):
@@ -682,9 +685,9 @@ def generate_steps(
         partial = _open_partial(paths["partial"], entries, overwrite)
         for finished in _write_missing(source, partial, describer, settings, batches_per_step):
             yield finished, n_rows
-        reasons = _write_output(output, partial, source, entries, settings)
-    kept = n_read - partial.rows - sum(reasons.values())
-    return Outcome(output, n_read, partial.rows, kept, reasons)
+        described, reasons = _write_output(output, [partial.path], source, entries, settings)
+        partial.path.unlink()
+    return Outcome(output, n_read, described, n_read - described - sum(reasons.values()), reasons)
 
 # %% ../nbs/80_batches.ipynb #b0fa1663
 def generate(
@@ -727,16 +730,6 @@ def _write_share(folder):
         for finished in _write_missing(source, partial, describer, settings, None, rank, n):
             bar.update(finished - bar.n)
 
-# %% ../nbs/80_batches.ipynb #b2e16f0b
-def _merge_parts(parts, path):
-    "One partial file of the partial files of several processes, and their settings"
-    lines = [_complete_lines(part) for part in parts]
-    entries = [next(own)[0]["settings"] for own in lines][0]
-    partial = _begin(path, entries)
-    for entry, _ in heapq.merge(*lines, key=lambda line: line[0]["window"]):
-        _append(partial, entry)
-    return partial, entries
-
 # %% ../nbs/80_batches.ipynb #2f952a26
 def _begin_job(folder, path, name, settings, job):
     "Write what the processes have to do"
@@ -746,12 +739,12 @@ def _begin_job(folder, path, name, settings, job):
 
 # %% ../nbs/80_batches.ipynb #c81418f3
 def _finish_job(n, paths, source, settings):
-    "Write the output from the partial files of all processes; numbers of described rows, and reasons of rejected ones"
+    "Write the output from the partial files of all processes; number of described rows, and reasons of rejected ones"
     parts = [paths["processes"]/f"part-{rank}.jsonl" for rank in range(n)]
-    partial, entries = _merge_parts(parts, paths["partial"])
-    reasons = _write_output(paths["output"], partial, source, entries, settings)
+    entries = next(_complete_lines(parts[0]))[0]["settings"]
+    described, reasons = _write_output(paths["output"], parts, source, entries, settings)
     shutil.rmtree(paths["processes"])
-    return partial.rows, reasons
+    return described, reasons
 
 # %% ../nbs/80_batches.ipynb #4df7e493
 def generate_in_processes(
