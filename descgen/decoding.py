@@ -192,7 +192,7 @@ class _Decoding:
     owners:list # for each slot the number of its prompt; None if it is free
     last:torch.Tensor # the last token of each slot
     new:list = field(default_factory=list) # new tokens of each prompt
-    on_end:object = lambda: None # called for each text that ends
+    on_text:object = lambda number, tokens: None # as for `decode`
 
     def free(self):
         "The slots without a text"
@@ -208,7 +208,7 @@ def _take(decoding, slots, tokens):
         decoding.new[owner].append(token)
         if token == end or len(decoding.new[owner]) == longest:
             decoding.owners[slot] = None
-            decoding.on_end()
+            decoding.on_text(owner, decoding.new[owner])
 
 # %% ../nbs/34_decoding.ipynb #93041f64
 def next_group(
@@ -306,11 +306,11 @@ def decode(
     end:int, # the token that ends a text
     pad:int, # any token
     batch_size:int=32, # slots
-    on_end=lambda: None, # called for each text that ends
+    on_text=lambda number, tokens: None, # called for each text that ends: number of its prompt, new tokens
 )->list[list[int]]: # the new tokens of each prompt, with the end token if it was chosen
     "Complete prompts"
     if not prompts: return []
     with cast_lora_weights(model):
         decoding = _begin(_inner(model), prompts, choose, (max_new_tokens, end, pad), batch_size)
-        decoding.on_end = on_end
+        decoding.on_text = on_text
         return _run(decoding)

@@ -138,9 +138,12 @@ def _describe_unverified(describer, titles, sources, checks, sampling, keys, pro
                          "(verify=True, --verify), or leave drafts out.")
     prompts = [prompt_ids(title, describer.tokenizer, describer.parts, own) for title, own in zip(titles, sources)]
     noise = seeded_noise([f"{key} 0" for key in keys], sampling) if keys else None
-    completions = complete(describer.model, describer.tokenizer, prompts, sampling, noise=noise, progress=progress)
-    return [_whole_text(describer.tokenizer, new, title, own, checks)
-            for new, title, own in zip(completions, titles, sources)]
+    texts = [None]*len(titles)
+    def keep(i, new):
+        "The text of a title, with its claims"
+        texts[i] = _whole_text(describer.tokenizer, new, titles[i], sources[i], checks)
+    complete(describer.model, describer.tokenizer, prompts, sampling, noise=noise, progress=progress, on_text=keep)
+    return texts
 
 # %% ../nbs/52_describer.ipynb #b10c0304
 @patch

@@ -185,7 +185,7 @@ def _complete_batch(model, tokenizer, prompts, sampling, noise):
     return [_truncate_at_eos(row, tokenizer.eos_token_id) for row in new]
 
 # %% ../nbs/50_inference.ipynb #e14e7509
-def _complete_in_batches(model, tokenizer, prompts, sampling, noise, bar):
+def _complete_in_batches(model, tokenizer, prompts, sampling, noise, on_text):
     "The new tokens of each prompt, in batches of similar length"
     completions = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -194,7 +194,7 @@ def _complete_in_batches(model, tokenizer, prompts, sampling, noise, bar):
         batch_noise = None if noise is None else noise[indices]
         new = _complete_batch(model, tokenizer, [prompts[i] for i in indices], sampling, batch_noise)
         completions |= dict(zip(indices, new))
-        bar.update(len(indices))
+        for number, tokens in zip(indices, new): on_text(number, tokens)
     return [completions[i] for i in range(len(prompts))]
 
 # %% ../nbs/50_inference.ipynb #7fd46e49
@@ -209,12 +209,12 @@ def _slot_arguments(model, tokenizer, sampling, noise):
     return {"choose": choose, "max_new_tokens": sampling.max_new_tokens, "end": tokenizer.eos_token_id,
         "pad": tokenizer.pad_token_id, "batch_size": sampling.batch_size}
 
-def _complete_in_slots(model, tokenizer, prompts, sampling, noise, bar):
+def _complete_in_slots(model, tokenizer, prompts, sampling, noise, on_text):
     "The new tokens of each prompt, by `decode` on a CPU and `decode_static` on a GPU"
     from descgen import decoding, static_decoding
     from descgen.layers import layer_device
     decode = decoding.decode if layer_device(model).type == "cpu" else static_decoding.decode_static
-    return decode(model, prompts, on_end=bar.update, **_slot_arguments(model, tokenizer, sampling, noise))
+    return decode(model, prompts, on_text=on_text, **_slot_arguments(model, tokenizer, sampling, noise))
 
 # %% ../nbs/50_inference.ipynb #8165363c
 # settings that `complete` replaces, or that do not change the scores
@@ -230,6 +230,12 @@ def _can_decode(model):
     return not others and (layer_device(model).type == "cpu" or can_copy(model))
 
 # %% ../nbs/50_inference.ipynb #f4f2eab9
+def _complete_elsewhere(model, tokenizer, prompts, sampling, noise, progress, on_text):
+    "The new tokens of each prompt, by a model with a method `complete`"
+    completions = model.complete(tokenizer, prompts, sampling, noise, progress)
+    for number, tokens in enumerate(completions): on_text(number, tokens)
+    return completions
+
 def complete(
     model, # with or without an adapter; or one with a method `complete`, such as `VllmModel` of chapter 84
     tokenizer, # of the model
@@ -238,10 +244,12 @@ def complete(
     *,
     noise=None, # random numbers from 0 to 1, a row per prompt and a column per token; None: from `sampling.seed`
     progress:bool=True, # show a progress bar
+    on_text=lambda number, tokens: None, # called for each text; on a GPU, while it writes others: see `decode_static`
 )->list[list[int]]: # the new tokens of each prompt, with the end token if it was generated
     "Complete prompts"
     noise = _noise_for(len(prompts), sampling) if noise is None else noise
-    if hasattr(model, "complete"): return model.complete(tokenizer, prompts, sampling, noise, progress)
+    if hasattr(model, "complete"):
+        return _complete_elsewhere(model, tokenizer, prompts, sampling, noise, progress, on_text)
     from tqdm import tqdm
     from unsloth import FastLanguageModel
     from descgen.static_decoding import release_copy
@@ -249,7 +257,11 @@ def complete(
     FastLanguageModel.for_inference(model)
     write = _complete_in_slots if _can_decode(model) else _complete_in_batches
     with tqdm(total=len(prompts), desc="describing", unit="text", file=sys.stdout, disable=not progress) as bar:
-        completions = write(model, tokenizer, prompts, sampling, noise, bar)
+        def finish(number, tokens):
+            "Count a text and pass it on"
+            bar.update()
+            on_text(number, tokens)
+        completions = write(model, tokenizer, prompts, sampling, noise, finish)
     if was_training:
         release_copy(model) # training needs its memory, and changes the adapter
         FastLanguageModel.for_training(model)

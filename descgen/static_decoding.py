@@ -334,7 +334,8 @@ class _Writing:
     owners:list # for each slot the number of its prompt; None if it is free
     lengths:list # tokens of each slot, at most
     new:list # new tokens of each prompt
-    on_end:object
+    on_text:object
+    ended:deque # numbers of the prompts whose texts `on_text` does not know yet
     on_tokens:object
 
     def free(self):
@@ -383,8 +384,8 @@ def _collect(writing, used):
     tokens, counts = writing.texts.tokens[ended].tolist(), writing.texts.steps[ended].tolist()
     for slot, row, count in zip(ended, tokens, counts):
         writing.new[writing.owners[slot]] = row[:count]
+        writing.ended.append(writing.owners[slot])
         writing.owners[slot] = None
-        writing.on_end()
 
 def _report(writing, used):
     "Tell `on_tokens` the new tokens of each text"
@@ -394,6 +395,20 @@ def _report(writing, used):
         told = len(writing.new[owner])
         writing.new[owner] = tokens[slot][:counts[slot]]
         writing.on_tokens(owner, writing.new[owner][told:])
+
+# %% ../nbs/35_static_decoding.ipynb #35c12a02
+def _work_until_now(device):
+    "A function that tells whether the GPU still computes what it was given until now; a CPU computes at once"
+    if device.type != "cuda": return lambda: False
+    event = torch.cuda.Event()
+    event.record()
+    return lambda: not event.query()
+
+def _hand_over(writing, is_computing):
+    "Pass texts that have ended to `on_text`, as long as the GPU computes"
+    while writing.ended and is_computing():
+        number = writing.ended.popleft()
+        writing.on_text(number, writing.new[number])
 
 # %% ../nbs/35_static_decoding.ipynb #828c0873
 def _shrink(writing, used, n):
@@ -417,6 +432,7 @@ def _advance(writing, used, interval):
         _shrink(writing, used, smaller)
         used = writing.used()
     _steps(writing, used, interval)
+    _hand_over(writing, _work_until_now(writing.slots.last.device))
     if writing.on_tokens is not None:
         _report(writing, used)
     _collect(writing, used)
@@ -525,7 +541,7 @@ def decode_static(
     end:int, # the token that ends a text
     pad:int, # any token
     batch_size:int=32, # most slots; fewer if memory is short
-    on_end=lambda: None, # called for each text that ends
+    on_text=lambda number, tokens: None, # called for each text that ended: number of its prompt, new tokens
     on_tokens=None, # called at each look with the number of each prompt and its newest tokens
     interval:int|None=None, # tokens of each text between two looks; None: `INTERVAL`
     graphs:bool|None=None, # record steps; None: on a CUDA device
@@ -539,8 +555,9 @@ def decode_static(
         slots, n = _slots_for(copy, prompts, max_new_tokens, batch_size, graphs)
         waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         writing = _Writing(slots, Texts(n, max_new_tokens, end, device), prompts, choose, pad, n,
-            waiting, [None]*n, [0]*n, [[] for _ in prompts], on_end, on_tokens)
+            waiting, [None]*n, [0]*n, [[] for _ in prompts], on_text, deque(), on_tokens)
         new = _run(writing, interval or INTERVAL)
+        _hand_over(writing, lambda: True)
         if not _keep_slots(slots):
             copy.slots = None
     return new
