@@ -229,13 +229,14 @@ def _can_decode(model):
     others = [name for name, value in settings.items() if name not in _NEUTRAL and value]
     return not others and (layer_device(model).type == "cpu" or can_copy(model))
 
-# %% ../nbs/50_inference.ipynb #f4f2eab9
+# %% ../nbs/50_inference.ipynb #50c13a01
 def _complete_elsewhere(model, tokenizer, prompts, sampling, noise, progress, on_text):
     "The new tokens of each prompt, by a model with a method `complete`"
     completions = model.complete(tokenizer, prompts, sampling, noise, progress)
     for number, tokens in enumerate(completions): on_text(number, tokens)
     return completions
 
+# %% ../nbs/50_inference.ipynb #f4f2eab9
 def complete(
     model, # with or without an adapter; or one with a method `complete`, such as `VllmModel` of chapter 84
     tokenizer, # of the model

@@ -397,7 +397,7 @@ def _report(writing, used):
         writing.on_tokens(owner, writing.new[owner][told:])
 
 # %% ../nbs/35_static_decoding.ipynb #35c12a02
-def _work_until_now(device):
+def _computing_check(device):
     "A function that tells whether the GPU still computes what it was given until now; a CPU computes at once"
     if device.type != "cuda": return lambda: False
     event = torch.cuda.Event()
@@ -432,7 +432,7 @@ def _advance(writing, used, interval):
         _shrink(writing, used, smaller)
         used = writing.used()
     _steps(writing, used, interval)
-    _hand_over(writing, _work_until_now(writing.slots.last.device))
+    _hand_over(writing, _computing_check(writing.slots.last.device))
     if writing.on_tokens is not None:
         _report(writing, used)
     _collect(writing, used)
