@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'FP8', 'FP8_MAX', 'MEMORY_BUDGET', 'BREAK_EVEN_TOKENS', 'pad_batch', 'block_mask', 'example_mask',
-           'Projection', 'JoinedProduct', 'scaled_A', 'project', 'join_weights', 'quantize_rows', 'quantize_weight',
-           'scaled_product', 'Fp8Product', 'SwiGLU', 'attend', 'Layer', 'decoder_layer', 'make_projection',
-           'layer_tensors', 'CompiledLoss', 'compiled_training', 'model_obstacle']
+           'add_products', 'sum_products', 'Projection', 'JoinedProduct', 'scaled_A', 'project', 'join_weights',
+           'quantize_rows', 'quantize_weight', 'scaled_product', 'Fp8Product', 'SwiGLU', 'attend', 'Layer',
+           'decoder_layer', 'make_projection', 'layer_tensors', 'CompiledLoss', 'compiled_training', 'model_obstacle']
 
 # %% ../nbs/36_compiled.ipynb #7922066d
 from contextlib import contextmanager
@@ -72,6 +72,35 @@ def example_mask(
     example = (position_ids.view(-1) == 0).cumsum(0)
     return (example[:, None] == example).tril()[None, None]
 
+# %% ../nbs/36_compiled.ipynb #36b10c10
+@torch.library.custom_op("descgen::add_products", mutates_args=())
+def add_products(
+    x:torch.Tensor, # tokens × n
+    xA:torch.Tensor, # tokens × rank
+    W:torch.Tensor, # n × m
+    B:torch.Tensor, # rank × m
+)->torch.Tensor: # tokens × m
+    "`xA·B` with `x·W` added onto it: in place, for which `torch.compile` would make a copy"
+    return (xA @ B).addmm_(x, W)
+
+@add_products.register_fake
+def _(x, xA, W, B): return x.new_empty(len(x), W.shape[1])
+
+def _stack_rows(W, B):
+    "W above B, in the memory order of W, so that nothing is transposed"
+    return torch.cat([W, B]) if W.is_contiguous() else torch.cat([W.T, B.T], 1).T
+
+def sum_products(
+    x:torch.Tensor, # tokens × n
+    xA:torch.Tensor, # tokens × rank
+    W:torch.Tensor|None, # n × m; None: the adapter's product alone
+    B:torch.Tensor, # rank × m
+)->torch.Tensor: # tokens × m
+    "`x·W + xA·B`, summed in float32 and rounded once"
+    if W is None: return xA @ B
+    if W.shape[1] > 2*W.shape[0]: return torch.cat([x, xA], 1) @ _stack_rows(W, B)
+    return add_products(x, xA, W, B)
+
 # %% ../nbs/36_compiled.ipynb #6c4b70a1
 class Projection(NamedTuple):
     "Matrices with the same input, computed as one"
@@ -84,18 +113,23 @@ class Projection(NamedTuple):
 
 # %% ../nbs/36_compiled.ipynb #36b10c07
 class JoinedProduct(torch.autograd.Function):
-    "Base and adapter as one product: `[x, xA]·[W, B]ᵀ`"
+    "`x·Wᵀ + xA·Bᵀ` for several matrices; the gradient of `x` includes its path through `xA`"
     @staticmethod
-    def forward(ctx, x, xA, weight, B):
-        "Multiply, and keep what the backward pass needs"
-        ctx.save_for_backward(xA, weight, B)
-        return torch.cat([x, xA], 1) @ torch.cat([weight, B], 1).T
+    def forward(ctx, x, xA, weight, A, *B):
+        "The output of each matrix; without a weight that of the adapter"
+        ctx.save_for_backward(xA, weight, A, *B)
+        W = None if weight is None else weight.T
+        return sum_products(x, xA, W, torch.block_diag(*B).T).split([len(b) for b in B], -1)
 
     @staticmethod
-    def backward(ctx, grad):
-        "The gradients of `x`, `xA` and `B`; the base's weight is frozen"
-        xA, weight, B = ctx.saved_tensors
-        return grad @ weight, grad @ B, None, grad.T @ xA
+    def backward(ctx, *grads):
+        "The gradients of `x`, `xA` and each `B`; the base's weight is frozen"
+        xA, weight, A, *B = ctx.saved_tensors
+        grad = torch.cat(grads, -1)
+        grad_xA = grad @ torch.block_diag(*B)
+        parts = xA.split([b.shape[1] for b in B], -1)
+        grad_B = [g.T @ part for g, part in zip(grads, parts)]
+        return sum_products(grad, grad_xA, weight, A), grad_xA, None, None, *grad_B
 
 # %% ../nbs/36_compiled.ipynb #36b10c0c
 def scaled_A(
@@ -108,15 +142,15 @@ def scaled_A(
 def project(
     x:torch.Tensor, # tokens × inputs
     projection:Projection,
-    xA:torch.Tensor|None=None, # the product of x and `scaled_A`, if it is known
+    xA:torch.Tensor|None=None, # the product of `x.detach()` and `scaled_A`, if it is known
 )->tuple: # the output of each matrix
     "Base and adapter, summed in float32; in 8 bits the sum is not rounded"
-    if xA is None: xA = x @ scaled_A(projection, x.dtype).T
-    B = torch.block_diag(*projection.B).to(x.dtype)
-    if projection.fp8 is None:
-        return JoinedProduct.apply(x, xA, projection.weight, B).split(projection.sizes, -1)
-    base, adapter = (t.split(projection.sizes, -1) for t in (Fp8Product.apply(x, *projection.fp8), xA @ B.T))
-    return tuple(b.float() + a.float() for b, a in zip(base, adapter)) # their sum would be stored
+    A, B = scaled_A(projection, x.dtype), [b.to(x.dtype) for b in projection.B]
+    if xA is None: xA = x.detach() @ A.T
+    adapted = JoinedProduct.apply(x, xA, projection.weight, A, *B)
+    if projection.fp8 is None: return adapted
+    base = Fp8Product.apply(x, *projection.fp8).split(projection.sizes, -1)
+    return tuple(b.float() + a.float() for b, a in zip(base, adapted)) # their sum would be stored
 
 # %% ../nbs/36_compiled.ipynb #66ac1fa7
 def join_weights(
@@ -179,26 +213,33 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, A):
         "Compute both products and save the inputs"
-        ctx.save_for_backward(gate.to(A.dtype)[None], up.to(A.dtype)[None], A)
+        ctx.save_for_backward(gate.to(A.dtype)[None], up.to(A.dtype)[None])
         y = (F.silu(gate.float())*up.float()).to(A.dtype)
         return y, y @ A.T
 
     @staticmethod
     def backward(ctx, grad_y, grad_yA):
-        "The gradients of `gate`, `up` and `A`; y is computed again"
-        gate, up, A = ctx.saved_tensors
+        "The gradients of `gate`, `up` and `A`; `grad_y` includes the path through yA, and y is computed again"
+        gate, up = ctx.saved_tensors
         gate, up = gate[0].float(), up[0].float()
         sigmoid = torch.sigmoid(gate)
-        y = (gate*sigmoid*up).to(A.dtype)
-        grad = (grad_y + grad_yA @ A).float()
+        y = (gate*sigmoid*up).to(grad_yA.dtype)
+        grad = grad_y.float()
         grad_gate = grad*up*sigmoid*(1 + gate*(1 - sigmoid))
         return grad_gate, grad*gate*sigmoid, grad_yA.T @ y
 
 # %% ../nbs/36_compiled.ipynb #36b10c0d
+def _kernel_options(size):
+    "What `flex_attention` may assume about the mask of `block_mask`; for heads of 64 numbers, blocks that suit short examples"
+    options = {"BLOCKS_ARE_CONTIGUOUS": True, "ROWS_GUARANTEED_SAFE": True} # each token attends to itself
+    if size > 64: return options
+    backward = {"M1": 32, "N1": 128, "M2": 128, "N2": 32}
+    return options | {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64} | {f"bwd_BLOCK_{k}": n for k, n in backward.items()}
+
 def attend(q, k, v, mask):
     "Attention of one batch; each head of keys serves several heads of queries"
     if isinstance(mask, BlockMask):
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=_kernel_options(q.shape[-1]))
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
 # %% ../nbs/36_compiled.ipynb #2b0dc5d6
