@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'FP8', 'FP8_MAX', 'MEMORY_BUDGET', 'BREAK_EVEN_TOKENS', 'pad_batch', 'block_mask', 'example_mask',
-           'add_products', 'sum_products', 'Projection', 'JoinedProduct', 'scaled_A', 'project', 'join_weights',
-           'quantize_rows', 'quantize_weight', 'scaled_product', 'Fp8Product', 'SwiGLU', 'attend', 'Layer',
-           'decoder_layer', 'make_projection', 'layer_tensors', 'CompiledLoss', 'compiled_training', 'model_obstacle']
+           'add_products', 'sum_products', 'Projection', 'JoinedProduct', 'AdapterProduct', 'scaled_A', 'project',
+           'join_weights', 'quantize_rows', 'quantize_weight', 'scaled_product', 'Fp8Product', 'SwiGLU', 'attend',
+           'Layer', 'decoder_layer', 'make_projection', 'layer_tensors', 'CompiledLoss', 'compiled_training',
+           'model_obstacle']
 
 # %% ../nbs/36_compiled.ipynb #7922066d
 from contextlib import contextmanager
@@ -75,31 +76,29 @@ def example_mask(
 # %% ../nbs/36_compiled.ipynb #36b10c10
 @torch.library.custom_op("descgen::add_products", mutates_args=())
 def add_products(
-    x:torch.Tensor, # tokens × n
-    xA:torch.Tensor, # tokens × rank
-    W:torch.Tensor, # n × m
-    B:torch.Tensor, # rank × m
-)->torch.Tensor: # tokens × m
-    "`xA·B` with `x·W` added onto it: in place, for which `torch.compile` would make a copy"
-    return (xA @ B).addmm_(x, W)
+    xs:list[torch.Tensor], # each of tokens × its own width
+    Ws:list[torch.Tensor], # each of the width of its x × outputs
+)->torch.Tensor: # tokens × outputs
+    "The sum of the products of x and W, added in place; `torch.compile` alone would copy each sum"
+    total = xs[0] @ Ws[0]
+    for x, W in zip(xs[1:], Ws[1:]):
+        total.addmm_(x, W)
+    return total
 
 @add_products.register_fake
-def _(x, xA, W, B): return x.new_empty(len(x), W.shape[1])
+def _(xs, Ws): return xs[0].new_empty(len(xs[0]), Ws[0].shape[1])
 
-def _stack_rows(W, B):
-    "W above B, in the memory order of W, so that nothing is transposed"
-    return torch.cat([W, B]) if W.is_contiguous() else torch.cat([W.T, B.T], 1).T
+def _join_rows(Ws):
+    "Matrices below one another, in the memory order of the last one, so that it is not transposed"
+    return torch.cat(Ws) if Ws[-1].is_contiguous() else torch.cat([W.T for W in Ws], 1).T
 
 def sum_products(
-    x:torch.Tensor, # tokens × n
-    xA:torch.Tensor, # tokens × rank
-    W:torch.Tensor|None, # n × m; None: the adapter's product alone
-    B:torch.Tensor, # rank × m
-)->torch.Tensor: # tokens × m
-    "`x·W + xA·B`, summed in float32 and rounded once"
-    if W is None: return xA @ B
-    if W.shape[1] > 2*W.shape[0]: return torch.cat([x, xA], 1) @ _stack_rows(W, B)
-    return add_products(x, xA, W, B)
+    xs:list[torch.Tensor], # each of tokens × its own width
+    Ws:list[torch.Tensor], # each of the width of its x × outputs
+)->torch.Tensor: # tokens × outputs
+    "The sum of the products of x and W: one product if the output is much wider than all x together"
+    if Ws[0].shape[1] > 2*sum(map(len, Ws)): return torch.cat(xs, 1) @ _join_rows(Ws)
+    return add_products(xs, Ws)
 
 # %% ../nbs/36_compiled.ipynb #6c4b70a1
 class Projection(NamedTuple):
@@ -116,20 +115,35 @@ class JoinedProduct(torch.autograd.Function):
     "`x·Wᵀ + xA·Bᵀ` for several matrices; the gradient of `x` includes its path through `xA`"
     @staticmethod
     def forward(ctx, x, xA, weight, A, *B):
-        "The output of each matrix; without a weight that of the adapter"
+        "The output of each matrix"
         ctx.save_for_backward(xA, weight, A, *B)
-        W = None if weight is None else weight.T
-        return sum_products(x, xA, W, torch.block_diag(*B).T).split([len(b) for b in B], -1)
+        joined = sum_products([xA, x], [torch.block_diag(*B).T, weight.T])
+        return joined.split([len(b) for b in B], -1)
 
     @staticmethod
     def backward(ctx, *grads):
         "The gradients of `x`, `xA` and each `B`; the base's weight is frozen"
         xA, weight, A, *B = ctx.saved_tensors
-        grad = torch.cat(grads, -1)
-        grad_xA = grad @ torch.block_diag(*B)
-        parts = xA.split([b.shape[1] for b in B], -1)
-        grad_B = [g.T @ part for g, part in zip(grads, parts)]
-        return sum_products(grad, grad_xA, weight, A), grad_xA, None, None, *grad_B
+        parts, weights = xA.split([b.shape[1] for b in B], -1), weight.split([len(b) for b in B])
+        grad_xA = torch.cat([grad @ b for grad, b in zip(grads, B)], -1)
+        grad_B = [grad.T @ part for grad, part in zip(grads, parts)]
+        return sum_products([grad_xA, *grads], [A, *weights]), grad_xA, None, None, *grad_B
+
+# %% ../nbs/36_compiled.ipynb #36b10c16
+class AdapterProduct(torch.autograd.Function):
+    "`xA·Bᵀ`; the gradient of `x` is that of its path through `xA`"
+    @staticmethod
+    def forward(ctx, x, xA, A, B):
+        "Multiply, and keep what the backward pass needs"
+        ctx.save_for_backward(xA, A, B)
+        return xA @ B.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        "The gradients of `x`, `xA` and `B`"
+        xA, A, B = ctx.saved_tensors
+        grad_xA = grad @ B
+        return grad_xA @ A, grad_xA, None, grad.T @ xA
 
 # %% ../nbs/36_compiled.ipynb #36b10c0c
 def scaled_A(
@@ -147,10 +161,10 @@ def project(
     "Base and adapter, summed in float32; in 8 bits the sum is not rounded"
     A, B = scaled_A(projection, x.dtype), [b.to(x.dtype) for b in projection.B]
     if xA is None: xA = x.detach() @ A.T
-    adapted = JoinedProduct.apply(x, xA, projection.weight, A, *B)
-    if projection.fp8 is None: return adapted
-    base = Fp8Product.apply(x, *projection.fp8).split(projection.sizes, -1)
-    return tuple(b.float() + a.float() for b, a in zip(base, adapted)) # their sum would be stored
+    if projection.fp8 is None: return JoinedProduct.apply(x, xA, projection.weight, A, *B)
+    products = Fp8Product.apply(x, *projection.fp8), AdapterProduct.apply(x, xA, A, torch.block_diag(*B))
+    base, adapter = (product.split(projection.sizes, -1) for product in products)
+    return tuple(b.float() + a.float() for b, a in zip(base, adapter)) # their sum would be stored
 
 # %% ../nbs/36_compiled.ipynb #66ac1fa7
 def join_weights(
@@ -230,8 +244,8 @@ class SwiGLU(torch.autograd.Function):
 
 # %% ../nbs/36_compiled.ipynb #36b10c0d
 def _kernel_options(size):
-    "What `flex_attention` may assume about the mask of `block_mask`; for heads of 64 numbers, blocks that suit short examples"
-    options = {"BLOCKS_ARE_CONTIGUOUS": True, "ROWS_GUARANTEED_SAFE": True} # each token attends to itself
+    "What `flex_attention` may assume of the mask of `block_mask`; for heads of 64 numbers, blocks that suit short examples"
+    options = {"BLOCKS_ARE_CONTIGUOUS": True}
     if size > 64: return options
     backward = {"M1": 32, "N1": 128, "M2": 128, "N2": 32}
     return options | {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64} | {f"bwd_BLOCK_{k}": n for k, n in backward.items()}
