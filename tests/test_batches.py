@@ -94,8 +94,8 @@ def test_two_processes_write_what_one_writes_also_if_one_was_killed(tmp_path, ad
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "Process 1 of 2 (counted from 0) was killed" in said, said[-2000:]
     parts = sorted((tmp_path/"shared.jsonl.processes").glob("part-*.jsonl"))
-    rows = [result["number"] for part in parts for line in part.read_text().splitlines()
-            for result in json.loads(line).get("results", [])]
+    rows = [number for part in parts for line in part.read_text().splitlines()
+            for number in json.loads(line).get("numbers", [])]
     assert 0 < len(set(rows)) == len(rows) < n_titles - 2 and not shared.exists()
     said = start_two(adapter, titles, shared).communicate()[0]
     assert f"{n_titles} rows = {n_titles - 2} described + 2 rejected" in said, said[-2000:]
