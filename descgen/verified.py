@@ -128,6 +128,7 @@ class _Writing:
     draft:str = "" # generated, not yet verified
     kept:str = "" # verified
     original:str|None = None # the draft with the first version of a sentence that is written again
+    waits:bool = False # a sentence of the first draft is to be written again
     attempts:int = 0 # versions of the present sentence after the first
     rounds:int = 0 # versions of all sentences after their first
     new:list = field(default_factory=list) # parts of the kept text that were not yet streamed
@@ -290,17 +291,23 @@ def _begin(tokenizer, titles, parts, sampling, sources, checks, keys=None):
             for draft in range(checks.drafts)]
 
 # %% ../nbs/51_verified.ipynb #a71f9ad6
+def _check_draft(writing, text):
+    "Verify a first draft up to a sentence that is to be written again"
+    writing.draft = text
+    writing.waits = _advance(writing)
+
 def _write_drafts(writings, model, tokenizer, sampling, by_key, progress):
-    "Write each text once"
+    "Write each text once; a GPU writes others while a draft is verified"
+    def check(i, new):
+        "Verify the draft of a text"
+        _record_tokens(writings[i], tokenizer, new)
+        _check_draft(writings[i], _decode(tokenizer, new))
     prompts, noise = [writing.prompt for writing in writings], _first_noise(writings, by_key, sampling)
-    drafts = complete(model, tokenizer, prompts, sampling, noise=noise, progress=progress)
-    for writing, new in zip(writings, drafts):
-        writing.draft = _decode(tokenizer, new)
-        _record_tokens(writing, tokenizer, new)
+    complete(model, tokenizer, prompts, sampling, noise=noise, progress=progress, on_text=check)
 
 def _mend(writings, model, tokenizer, sampling):
-    "Keep the supported sentences of drafts; write the others again, or leave them out"
-    waiting = [writing for writing in writings if _advance(writing)]
+    "Write the unsupported sentences of verified drafts again, or leave them out"
+    waiting = [writing for writing in writings if writing.waits]
     while waiting:
         _write_again(model, tokenizer, waiting, sampling)
         waiting = [writing for writing in waiting if _advance(writing)]
@@ -372,7 +379,7 @@ def mend(
     "Verify texts that are already written: unsupported sentences are written again, or left out"
     parts = parts or template_parts(tokenizer)
     writings = _begin(tokenizer, titles, parts, sampling, sources, replace(checks, drafts=1))
-    for writing, text in zip(writings, texts, strict=True): writing.draft = text
+    for writing, text in zip(writings, texts, strict=True): _check_draft(writing, text)
     _mend(writings, model, tokenizer, sampling)
     return [_result(writing) for writing in writings]
 
