@@ -249,8 +249,9 @@ def _kernel_options(size):
     "What `flex_attention` may assume of the mask of `block_mask`; for heads of 64 numbers, blocks that suit short examples"
     options = {"BLOCKS_ARE_CONTIGUOUS": True}
     if size > 64: return options
-    backward = {"M1": 32, "N1": 128, "M2": 128, "N2": 32}
-    return options | {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64} | {f"bwd_BLOCK_{k}": n for k, n in backward.items()}
+    forward = {"BLOCK_M": 64, "BLOCK_N": 64}
+    backward = {"BLOCK_M1": 32, "BLOCK_N1": 128, "BLOCK_M2": 128, "BLOCK_N2": 32, "num_warps": 4, "num_stages": 3}
+    return options | {f"fwd_{k}": n for k, n in forward.items()} | {f"bwd_{k}": n for k, n in backward.items()}
 
 def attend(q, k, v, mask):
     "Attention of one batch; each head of keys serves several heads of queries"

@@ -3,7 +3,7 @@
     python -m bench gpu-rounding
 
 Unsloth's way and descgen's, with random numbers in the shape of Llama's gate. `descgen.layers` is tried in
-compiled code, too.
+compiled code, too, and so are the sums of compiled training.
 """
 from ..markdown import circumstances, markdown_table
 from ..measure import save_result
@@ -20,6 +20,11 @@ def add_options(parser):
 def add_as_unsloth(X, X_lora, W, A, B, s):
     "The small product added onto the large one"
     return (X @ W.t()).addmm_(X_lora @ A.to(X.dtype).t(), B.to(X.dtype).t(), alpha=s)
+
+def add_as_compiled_training(X, X_lora, W, A, B, s):
+    "Both products in one sum"
+    from descgen.compiled import add_products
+    return add_products([X_lora @ A.to(X.dtype).t(), X], [(s*B).to(X.dtype).t(), W.t()])
 
 def share_of(add, X, W, A, B, s):
     "How much of the addition is left"
@@ -54,6 +59,10 @@ def run(args):
         share = share_of(torch.compile(addmm_lora), *given["bfloat16"], s)
         found.append(
             {"type": "bfloat16", "scale": s, "compiled": True, "unsloth": None, "descgen": share})
+    for s in SCALES:
+        share = share_of(add_as_compiled_training, *given["bfloat16"], s)
+        found.append(
+            {"type": "bfloat16", "scale": s, "compiled": False, "training": True, "unsloth": None, "descgen": share})
     summary = {"half_units": half_units(*given["bfloat16"]), "shares": found}
     save_result(args.results, f"gpu-rounding{'-small' if args.small else ''}", summary)
 
@@ -64,7 +73,8 @@ def tables(read):
     rows = []
     s = record["summary"]
     for f in s["shares"]:
-        scale = f"{f['scale']}{', compiled' if f['compiled'] else ''}"
+        way = ", compiled training" if f.get("training") else ", compiled" if f["compiled"] else ""
+        scale = f"{f['scale']}{way}"
         unsloth = "" if f["unsloth"] is None else f"{f['unsloth']:.3f}"
         rows.append([f["type"], scale, unsloth, f"{f['descgen']:.3f}"])
     about = f"The addition at scale 1 is {s['half_units']:.3f} half units in the last place. "
