@@ -737,7 +737,8 @@ def _write_share(folder):
     entries = json.loads(to_json(entries))
     check_agreement(_flatten(entries))
     partial = _open_partial(folder/f"part-{rank}.jsonl", entries, job["overwrite"])
-    with tqdm(total=-(-job["rows"]//n), desc="describing (first process)", unit="title", delay=2, disable=rank > 0) as bar:
+    total = -(-job["rows"]//n)
+    with tqdm(total=total, desc="describing (first process)", unit="title", delay=2, disable=rank > 0) as bar:
         for finished in _write_missing(source, partial, describer, settings, None, rank, n):
             bar.update(finished - bar.n)
 

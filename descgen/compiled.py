@@ -246,7 +246,7 @@ class SwiGLU(torch.autograd.Function):
 
 # %% ../nbs/36_compiled.ipynb #36b10c0d
 def _kernel_options(size):
-    "What `flex_attention` may assume of the mask of `block_mask`; for heads of 64 numbers, blocks that suit short examples"
+    "What `flex_attention` may assume of `block_mask`; for heads of 64 numbers, blocks that suit short examples"
     options = {"BLOCKS_ARE_CONTIGUOUS": True}
     if size > 64: return options
     forward = {"BLOCK_M": 64, "BLOCK_N": 64}
