@@ -247,6 +247,7 @@ class SwiGLU(torch.autograd.Function):
 # %% ../nbs/36_compiled.ipynb #36b10c0d
 def _kernel_options(size):
     "What `flex_attention` may assume of `block_mask`; for heads of 64 numbers, blocks that suit short examples"
+    # not ROWS_GUARANTEED_SAFE: in the first block of a row all pairs may be forbidden, and the result would be NaN
     options = {"BLOCKS_ARE_CONTIGUOUS": True}
     if size > 64: return options
     forward = {"BLOCK_M": 64, "BLOCK_N": 64}
