@@ -196,7 +196,7 @@ def _read_entry(f):
     except ValueError:
         return None
     if not head.endswith(b"\n") or not isinstance(entry, dict): return None
-    n = entry.get("lines", 0)
+    n = entry.get("n_lines", 0)
     lines = list(islice(f, n))
     is_complete = len(lines) == n and all(line.endswith(b"\n") for line in lines)
     return entry | {"lines": lines} if is_complete else None
@@ -226,7 +226,7 @@ class _Partial:
 # %% ../nbs/80_batches.ipynb #53a0f612
 def _append(partial, entry, lines=()):
     "Write an entry and its lines to the disk; OSError says what is kept"
-    head = to_json(entry | {"lines": len(lines)}).encode() + b"\n"
+    head = to_json(entry | {"n_lines": len(lines)}).encode() + b"\n"
     try:
         with open(partial.path, "ab") as f:
             f.writelines([head, *lines])

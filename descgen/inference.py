@@ -236,21 +236,9 @@ def _complete_elsewhere(model, tokenizer, prompts, sampling, noise, progress, on
     for number, tokens in enumerate(completions): on_text(number, tokens)
     return completions
 
-# %% ../nbs/50_inference.ipynb #f4f2eab9
-def complete(
-    model, # with or without an adapter; or one with a method `complete`, such as `VllmModel` of chapter 84
-    tokenizer, # of the model
-    prompts:list[list[int]], # token ids, from `prompt_ids`
-    sampling:Sampling=Sampling(), # number and choice of the tokens
-    *,
-    noise=None, # random numbers from 0 to 1, a row per prompt and a column per token; None: from `sampling.seed`
-    progress:bool=True, # show a progress bar
-    on_text=lambda number, tokens: None, # called for each text; on a GPU, while it writes others: see `decode_static`
-)->list[list[int]]: # the new tokens of each prompt, with the end token if it was generated
-    "Complete prompts"
-    noise = _noise_for(len(prompts), sampling) if noise is None else noise
-    if hasattr(model, "complete"):
-        return _complete_elsewhere(model, tokenizer, prompts, sampling, noise, progress, on_text)
+# %% ../nbs/50_inference.ipynb #50c13a02
+def _complete_here(model, tokenizer, prompts, sampling, noise, progress, on_text):
+    "The new tokens of each prompt, by `_complete_in_slots` if it can, else by `generate`"
     from tqdm import tqdm
     from unsloth import FastLanguageModel
     from descgen.static_decoding import release_copy
@@ -267,6 +255,22 @@ def complete(
         release_copy(model) # training needs its memory, and changes the adapter
         FastLanguageModel.for_training(model)
     return completions
+
+# %% ../nbs/50_inference.ipynb #f4f2eab9
+def complete(
+    model, # with or without an adapter; or one with a method `complete`, such as `VllmModel` of chapter 84
+    tokenizer, # of the model
+    prompts:list[list[int]], # token ids, from `prompt_ids`
+    sampling:Sampling=Sampling(), # number and choice of the tokens
+    *,
+    noise=None, # random numbers from 0 to 1, a row per prompt and a column per token; None: from `sampling.seed`
+    progress:bool=True, # show a progress bar
+    on_text=lambda number, tokens: None, # called for each text; on a GPU, while it writes others: see `decode_static`
+)->list[list[int]]: # the new tokens of each prompt, with the end token if it was generated
+    "Complete prompts"
+    noise = _noise_for(len(prompts), sampling) if noise is None else noise
+    write = _complete_elsewhere if hasattr(model, "complete") else _complete_here
+    return write(model, tokenizer, prompts, sampling, noise, progress, on_text)
 
 # %% ../nbs/50_inference.ipynb #eab2b732
 def describe(

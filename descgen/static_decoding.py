@@ -330,13 +330,16 @@ class _Writing:
     choose:object # as for `decode_static`
     pad:int
     n:int # slots in use
-    waiting:deque
-    owners:list # for each slot the number of its prompt; None if it is free
-    lengths:list # tokens of each slot, at most
-    new:list # new tokens of each prompt
-    on_text:object
-    ended:deque # numbers of the prompts whose texts `on_text` does not know yet
-    on_tokens:object
+    on_text:object # as for `decode_static`
+    on_tokens:object # as for `decode_static`
+
+    def __post_init__(self):
+        lengths = list(map(len, self.prompts))
+        self.waiting = deque(sorted(range(len(lengths)), key=lambda i: -lengths[i])) # numbers of prompts
+        self.owners = [None]*self.n # for each slot the number of its prompt; None if it is free
+        self.lengths = [0]*self.n # tokens of each slot, at most
+        self.new = [[] for _ in self.prompts] # new tokens of each prompt
+        self.ended = deque() # numbers of the prompts whose texts `on_text` does not know yet
 
     def free(self):
         "The slots without a text"
@@ -553,9 +556,8 @@ def decode_static(
         device = copy.plain.device
         graphs = device.type == "cuda" if graphs is None else graphs
         slots, n = _slots_for(copy, prompts, max_new_tokens, batch_size, graphs)
-        waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
-        writing = _Writing(slots, Texts(n, max_new_tokens, end, device), prompts, choose, pad, n,
-            waiting, [None]*n, [0]*n, [[] for _ in prompts], on_text, deque(), on_tokens)
+        texts = Texts(n, max_new_tokens, end, device)
+        writing = _Writing(slots, texts, prompts, choose, pad, n, on_text, on_tokens)
         new = _run(writing, interval or INTERVAL)
         _hand_over(writing, lambda: True)
         if not _keep_slots(slots):
