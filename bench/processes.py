@@ -1,13 +1,16 @@
 """Training and writing in several processes beside one: time, losses and adapters.
 
-    python -m bench processes                                     # on a CPU: the embedded model in float32
-    python -m bench processes --model WORK/llama --titles 2048    # on GPUs: Llama's shape, one process per GPU
+    python -m bench processes                                       # on a CPU: the embedded model in float32
+    python -m bench processes --model WORK/llama --accumulation 8   # on GPUs: Llama's shape, one process per GPU
+    python -m bench processes --model WORK/llama --titles 4096      # describing titles instead of training
 
 Each number of processes trains the same recipe for a few steps and for more. The difference of the two times is that of
 the steps between, without the start. The numbers take turns. On a CPU the processes share its cores. With `--titles`
-they also describe so many titles, and five times as many, with the adapter of the longest training.
+each process describes so many titles, and three times as many, with the adapter of one step, after a first run that
+does not count. Each round is written at once.
 """
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,8 +18,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from .markdown import circumstances, markdown_table, number
-from .measure import ROOT, interleaved, save_result
+from .markdown import circumstances, markdown_table
+from .measure import ROOT, interleaved, medians, save_result
 
 COMMON = dict(eval_rows=2, eval_steps=10**6, save_steps=10**6, lora_dropout=0, gradient_checkpointing=False,
     compile=False, overwrite=True)
@@ -31,7 +34,7 @@ def add_options(parser):
     parser.add_argument("--steps", type=int, nargs=2, default=[4, 12])
     parser.add_argument("--accumulation", type=int, help="gradient_accumulation_steps (default: 4; with --model 1)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--titles", type=int, help="to describe")
+    parser.add_argument("--titles", type=int, help="that each process describes")
     parser.add_argument("--data", type=Path, default=ROOT/"data"/"sample.jsonl")
 
 def make_values(args):
@@ -86,40 +89,56 @@ def write(adapter, titles, n, work):
         "--output", out, "--processes", n, "--overwrite", "--no-verify"], n)
     return time.perf_counter() - start
 
-def write_pair(adapter, n, args, work):
-    "Titles per second between few and five times as many titles"
+def make_titles(path, count):
+    "So many different titles, from those of the data"
     from .measure import read_jsonl
-    known = [row["title"] for row in read_jsonl(args.data)]
-    titles = [f"{title} {i}" for i in range(1 + 5*args.titles//len(known)) for title in known]
-    few, many = (write(adapter, titles[:count], n, work) for count in (args.titles, 5*args.titles))
-    return 4*args.titles/(many - few)
+    known = [row["title"] for row in read_jsonl(path)]
+    return [f"{title} {i}" for i in range(1 + count//len(known)) for title in known][:count]
+
+def write_pair(adapter, titles, n, work):
+    "Titles per second between a third of some titles and all of them"
+    few, many = (write(adapter, titles[:count], n, work) for count in (len(titles)//3, len(titles)))
+    return (len(titles) - len(titles)//3)/(many - few)
+
+def measure_writing(args, values, work):
+    "Titles per second of each number of processes, in rounds of which every other one is reversed"
+    train(values, 1, 1, work)
+    adapter, ways, rounds = work/"1-1"/"adapter", {}, []
+    for n in args.numbers:
+        titles = make_titles(args.data, 3*args.titles*n) # so that a process has the same batches for each n
+        write(adapter, titles[:args.titles*n], n, work) # compiles
+        ways[str(n)] = partial(write_pair, adapter, titles, n, work)
+    name = f"processes-write-{args.model.name if args.model else 'embedded'}"
+    for i in range(args.rounds):
+        rounds += interleaved(dict(reversed(ways.items())) if i % 2 else ways, 1)
+        rates = medians(rounds)
+        save_result(args.results, name, {n: {"titles_per_second": rates[n]} for n in ways}, rounds, i + 1)
 
 # Both
 
-def summarize(rounds, numbers, written):
+def summarize(rounds, numbers):
     "Medians over rounds, and what they are beside those of the first number"
-    from statistics import median
     summary, first = {}, numbers[0]
     for n in numbers:
         found = [r[str(n)] for r in rounds]
         losses = zip(found[0]["losses"], rounds[0][str(first)]["losses"])
         summary[str(n)] = {
-            "seconds_per_step": median(r["seconds"] for r in found),
-            "whole": median(r["whole"] for r in found),
-            "loss_difference": max((abs(a - b) for a, b in losses), default=0.),
-            "titles_per_second": written.get(str(n))}
+            "seconds_per_step": statistics.median(r["seconds"] for r in found),
+            "whole": statistics.median(r["whole"] for r in found),
+            "loss_difference": max((abs(a - b) for a, b in losses), default=0.)}
     return summary
 
 def run(args):
     values, work = make_values(args), Path(tempfile.mkdtemp(prefix="processes-"))
+    if args.titles:
+        return measure_writing(args, values, work)
     if args.model: # kernels are compiled, and the first training of a number would pay for it
         for n in args.numbers:
             train(values, n, 1, work)
     ways = {str(n): partial(train_pair, values, n, args.steps, work) for n in args.numbers}
     rounds = interleaved(ways, args.rounds, alternate=True)
     folders = [work/f"{n}-{args.steps[1]}" for n in args.numbers]
-    written = {str(n): write_pair(folders[0]/"adapter", n, args, work) for n in args.numbers if args.titles}
-    summary = summarize(rounds, args.numbers, written)
+    summary = summarize(rounds, args.numbers)
     for n, folder in zip(args.numbers, folders):
         summary[str(n)]["adapter_difference"] = largest_difference(folders[0], folder)
     variant = f"-{args.model.name}-{values['gradient_accumulation_steps']}" if args.model else ""
@@ -132,14 +151,19 @@ def process_table(record):
     found, rows = record["summary"], []
     first = next(iter(found.values()))
     for n, s in found.items():
-        rate, of_first = s["titles_per_second"], first["titles_per_second"]
         rows.append([n, f"{s['seconds_per_step']:.2f} s", f"{first['seconds_per_step']/s['seconds_per_step']:.2f}",
-            f"{s['whole']:.0f} s", f"{s['loss_difference']:.1e}", f"{s['adapter_difference']:.1e}",
-            number(rate and 60*rate, ",.0f"), number(rate and rate/of_first, ".2f")])
-    head = ["processes", "per step", "times one", "longest training", "largest difference of a loss", "of a weight",
-        "descriptions per minute", "times one"]
+            f"{s['whole']:.0f} s", f"{s['loss_difference']:.1e}", f"{s['adapter_difference']:.1e}"])
+    head = ["processes", "per step", "times one", "longest training", "largest difference of a loss", "of a weight"]
     return [circumstances(record, "torch", "transformers", "trl", "accelerate"), "", *markdown_table(head, rows)]
 
+def writing_table(record):
+    "Descriptions per minute of each number of processes beside the first"
+    rates = {n: s["titles_per_second"] for n, s in record["summary"].items()}
+    first = next(iter(rates.values()))
+    rows = [[n, f"{60*rate:,.0f}", f"{rate/first:.2f}"] for n, rate in rates.items()]
+    return [circumstances(record, "torch", "transformers"), "", *markdown_table(
+        ["processes", "descriptions per minute", "times one"], rows)]
+
 def tables(read):
-    names = ("processes", "processes-llama-1", "processes-llama-8")
-    return {name: process_table(record) for name in names if (record := read(name))}
+    kinds = {"processes": process_table, "processes-llama-8": process_table, "processes-write-llama": writing_table}
+    return {name: table(record) for name, table in kinds.items() if (record := read(name))}

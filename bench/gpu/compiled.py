@@ -275,11 +275,11 @@ def run(args):
         if args.side == "loss":
             return loss_side(args, source, save)
         rows = read_rows(args.rows)
-        rows = rows[:40] if args.small else rows*(1 + 8000//len(rows))
+        rows = rows[:40] if args.small else rows*(1 + 16_000//len(rows))
         more = dict(loss_on="all", gradient_checkpointing=args.recompute)
         recipe = make_recipe(source, args.small, "best", "h100", **more)
         measure_side = speed_side if args.side == "speed" else profile_side
-        measure_side(args, recipe, rows, 200 if args.small else 2*TOKENS, save)
+        measure_side(args, recipe, rows, 200 if args.small else 4*TOKENS, save)
 
 # Tables
 
