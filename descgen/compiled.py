@@ -7,7 +7,7 @@ __all__ = ['BLOCK', 'FP8', 'FP8_MAX', 'GRADIENT_SCALE', 'HEAD_TOKENS', 'MEMORY_B
            'block_mask', 'example_mask', 'add_products', 'sum_products', 'Projection', 'JoinedProduct',
            'AdapterProduct', 'scaled_A', 'project', 'join_weights', 'quantize_rows', 'quantize_weight',
            'multiply_8_bits', 'scaled_product', 'Fp8Product', 'SwiGLU', 'attend', 'Layer', 'decoder_layer',
-           'make_projection', 'layer_tensors', 'Head', 'make_head', 'token_losses', 'HeadLoss', 'CompiledLoss',
+           'make_projection', 'layer_tensors', 'Head', 'make_head', 'chunk_loss', 'HeadLoss', 'CompiledLoss',
            'compiled_training', 'model_obstacle']
 
 # %% ../nbs/36_compiled.ipynb #7922066d
@@ -208,7 +208,7 @@ def multiply_8_bits(
     "`values·weightᵀ` with the scales of both"
     if values.device.type == "cpu":
         return ((values.float()*row_scale) @ (weight.float()*scale).T).to(dtype)
-    return torch._scaled_mm(values, weight.T, row_scale, scale.T, out_dtype=dtype) # sums in float32, no slower
+    return torch._scaled_mm(values, weight.T, row_scale, scale.T, out_dtype=dtype)
 
 def scaled_product(
     x:torch.Tensor, # tokens × n, in 16 or 32 bits
@@ -351,8 +351,6 @@ def layer_tensors(
         down=make_projection([mlp.down_proj], fp8))
 
 # %% ../nbs/36_compiled.ipynb #36b10c20
-GRADIENT_SCALE = 2.0**-15 # of e5m2, which ends at 57,344, for numbers between -1 and 1
-
 class Head(NamedTuple):
     "The output matrix"
     weight: torch.Tensor # vocabulary × features
@@ -366,6 +364,9 @@ def make_head(
     weight = layer.weight.data
     return Head(weight, quantize_rows(weight.T) if fp8 and len(weight)%16 == 0 else None)
 
+# %% ../nbs/36_compiled.ipynb #36b10c28
+GRADIENT_SCALE = 2.0**-15 # of e5m2, which ends at 57,344, for numbers between -1 and 1
+
 def _state_gradient(error, head, dtype):
     "The gradient of the states from that of the logits, which lies between -1 and 1"
     if head.transposed is None: return error.to(dtype) @ head.weight
@@ -373,12 +374,12 @@ def _state_gradient(error, head, dtype):
     values = (error/GRADIENT_SCALE).to(torch.float8_e5m2)
     return multiply_8_bits(values, scale, *head.transposed, dtype)
 
-def token_losses(
+def chunk_loss(
     hidden:torch.Tensor, # states after the last norm, tokens × features
     labels:torch.Tensor, # the token that follows each of them, or `IGNORE_INDEX`
     head:Head,
-)->tuple[torch.Tensor, torch.Tensor]: # the sum of the losses, and its gradient with respect to `hidden`
-    "The loss of tokens, with the gradient"
+)->tuple[torch.Tensor, torch.Tensor]: # the loss, and its gradient with respect to `hidden`
+    "The summed loss of some tokens, with its gradient"
     logits = hidden @ head.weight.T
     largest, labels = logits.float().amax(-1, keepdim=True), labels[:, None]
     total = (logits.float() - largest).exp().sum(-1, keepdim=True)
@@ -394,13 +395,13 @@ HEAD_TOKENS = 2048 # with logits at a time: 0.5 GB for a vocabulary of 128,256 t
 class HeadLoss(torch.autograd.Function):
     "The sum of the losses of all tokens with a label"
     @staticmethod
-    def forward(ctx, hidden, labels, head, token_losses):
-        "The loss; `token_losses` may be compiled"
+    def forward(ctx, hidden, labels, head, chunk_loss):
+        "The loss; `chunk_loss` may be compiled"
         has_label = labels != IGNORE_INDEX
         n, order = int(has_label.sum()), (~has_label).int().argsort(stable=True) # those with a label first
         total, gradient = torch.zeros((), device=hidden.device), torch.zeros_like(hidden)
         for chunk in order.split(HEAD_TOKENS)[:-(-n//HEAD_TOKENS)]:
-            loss, gradient[chunk] = token_losses(hidden[chunk], labels[chunk], head)
+            loss, gradient[chunk] = chunk_loss(hidden[chunk], labels[chunk], head)
             total += loss
         ctx.save_for_backward(gradient)
         return total
@@ -427,7 +428,7 @@ class CompiledLoss:
         self.head = make_head(inner.get_output_embeddings(), fp8)
         self.layers = [layer_tensors(layer, fp8) for layer in decoder.layers]
         program = partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda function: function
-        self.run_layer, self.token_losses = program(decoder_layer), program(token_losses)
+        self.run_layer, self.chunk_loss = program(decoder_layer), program(chunk_loss)
         self.checkpointing = checkpointing
 
 # %% ../nbs/36_compiled.ipynb #cd69f441
@@ -449,7 +450,7 @@ def __call__(self:CompiledLoss, input_ids, labels, position_ids, n_items=None):
     following = F.pad(labels[0, 1:], (0, 1), value=IGNORE_INDEX)
     with torch.autocast(self.device.type, enabled=False):
         hidden = self._hidden_states(input_ids, position_ids)
-        total = HeadLoss.apply(hidden, following, self.head, self.token_losses)
+        total = HeadLoss.apply(hidden, following, self.head, self.chunk_loss)
     return total/((following != IGNORE_INDEX).sum() if n_items is None else n_items)
 
 # %% ../nbs/36_compiled.ipynb #d3c6c641
