@@ -2,19 +2,22 @@
 
     python -m bench processes                                       # on a CPU: the embedded model in float32
     python -m bench processes --model WORK/llama --accumulation 8   # on GPUs: Llama's shape, one process per GPU
-    python -m bench processes --model WORK/llama --titles 4096      # describing titles instead of training
+    python -m bench processes --model WORK/llama --titles 12288     # describing titles instead of training
 
 Each number of processes trains the same recipe for a few steps and for more. The difference of the two times is that of
 the steps between, without the start. The numbers take turns. On a CPU the processes share its cores. With `--titles`
-each process describes so many titles, and three times as many, with the adapter of one step, after a first run that
-does not count. Each round is written at once.
+each process describes so many titles with the adapter of one step. The first third of them does not count, because
+programs are compiled; the partial files tell when the others were finished. Each round is written at once.
 """
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -80,14 +83,67 @@ def largest_difference(a, b):
 
 # Writing
 
+def partial_paths(output, n):
+    "The files into which `descgen generate` writes finished texts, one per process"
+    from descgen.batches import output_paths
+    paths = output_paths(output)
+    return [paths["partial"]] if n == 1 else [paths["processes"]/f"part-{rank}.jsonl" for rank in range(n)]
+
+def follow_lines(path, ended):
+    "The lines of a file while it is written; it need not exist yet"
+    while not path.exists():
+        if ended.wait(0.05):
+            return
+    with open(path, "rb") as f:
+        while not (ended.is_set() and f.tell() == os.fstat(f.fileno()).st_size):
+            if (line := f.readline()).endswith(b"\n"):
+                yield line
+            else: # the end, or the beginning of a line
+                f.seek(-len(line), os.SEEK_CUR)
+                ended.wait(0.05)
+
+def watch_texts(path, ended, found):
+    "Append when texts were finished, and how many, for each entry of a partial file"
+    for line in follow_lines(path, ended):
+        if line.startswith(b'{"window"'):
+            found.append((time.perf_counter(), json.loads(line)["n_lines"]))
+
+def texts_per_second(found, titles):
+    "After a third of the titles: until then programs are compiled"
+    total, counts = 0, []
+    for moment, n in found:
+        total += n
+        counts.append((moment, total))
+    begin, before = next(pair for pair in counts if pair[1] >= titles/3)
+    end, last = counts[-1]
+    return (last - before)/(end - begin)
+
+@contextmanager
+def watched(output, n):
+    "The entries of each process while an output is written"
+    ended, found = threading.Event(), [[] for _ in range(n)]
+    threads = [threading.Thread(target=watch_texts, args=(path, ended, entries))
+               for path, entries in zip(partial_paths(output, n), found)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
 def write(adapter, titles, n, work):
-    "Seconds of `descgen generate` in n processes"
-    path, out = work/f"titles-{len(titles)}.txt", work/f"texts-{n}-{len(titles)}.jsonl"
-    path.write_text("\n".join(titles), encoding="utf-8")
-    start = time.perf_counter()
-    run_command(["-c", "from descgen.cli import app; app()", "generate", "--adapter", adapter, "--input", path,
-        "--output", out, "--processes", n, "--overwrite", "--no-verify"], n)
-    return time.perf_counter() - start
+    "Titles per second of `descgen generate` in n processes"
+    folder = Path(tempfile.mkdtemp(dir=work))
+    (folder/"titles.txt").write_text("\n".join(titles), encoding="utf-8")
+    start, output = time.perf_counter(), folder/"texts.jsonl"
+    with watched(output, n) as found:
+        run_command(["-c", "from descgen.cli import app; app()", "generate", "--adapter", adapter, "--input",
+            folder/"titles.txt", "--output", output, "--processes", n, "--no-verify"], n)
+    rate = sum(texts_per_second(entries, len(titles)/n) for entries in found)
+    print(f"{n}: {rate:.1f} titles per second, {time.perf_counter() - start:.0f} s in all", flush=True)
+    return rate
 
 def make_titles(path, count):
     "So many different titles, from those of the data"
@@ -95,20 +151,13 @@ def make_titles(path, count):
     known = [row["title"] for row in read_jsonl(path)]
     return [f"{title} {i}" for i in range(1 + count//len(known)) for title in known][:count]
 
-def write_pair(adapter, titles, n, work):
-    "Titles per second between a third of some titles and all of them"
-    few, many = (write(adapter, titles[:count], n, work) for count in (len(titles)//3, len(titles)))
-    return (len(titles) - len(titles)//3)/(many - few)
-
 def measure_writing(args, values, work):
     "Titles per second of each number of processes, in rounds of which every other one is reversed"
     train(values, 1, 1, work)
-    adapter, ways, rounds = work/"1-1"/"adapter", {}, []
-    for n in args.numbers:
-        titles = make_titles(args.data, 3*args.titles*n) # so that a process has the same batches for each n
-        write(adapter, titles[:args.titles*n], n, work) # compiles
-        ways[str(n)] = partial(write_pair, adapter, titles, n, work)
-    name = f"processes-write-{args.model.name if args.model else 'embedded'}"
+    # a process has the same batches for each n
+    ways = {str(n): partial(write, work/"1-1"/"adapter", make_titles(args.data, args.titles*n), n, work)
+            for n in args.numbers}
+    rounds, name = [], f"processes-write-{args.model.name if args.model else 'embedded'}"
     for i in range(args.rounds):
         rounds += interleaved(dict(reversed(ways.items())) if i % 2 else ways, 1)
         rates = medians(rounds)
