@@ -3,6 +3,8 @@ import json
 import re
 import subprocess
 import sys
+import threading
+import time
 from argparse import ArgumentParser
 
 import pytest
@@ -139,6 +141,25 @@ def test_ways_take_turns():
     rounds = interleaved({"a": way("a", 1), "b": way("b", 3)}, 2, alternate=True)
     assert order == ["a", "b", "b", "a"]
     assert medians(rounds) == {"a": 1, "b": 3}
+
+def test_writing_is_measured_after_a_third_of_the_titles():
+    from bench.processes import texts_per_second
+    assert texts_per_second([(5., 1), (10., 1), (12., 2), (13., 2)], 6) == 4/3
+
+def test_entries_are_found_while_a_partial_file_is_written(tmp_path):
+    from bench.processes import watch_texts
+    path, ended, found = tmp_path/"texts.part", threading.Event(), []
+    watcher = threading.Thread(target=watch_texts, args=(path, ended, found))
+    watcher.start()
+    for piece in (b'{"settings": {}}\n{"window": 0, "n_', b'lines": 2}\n{"uid": 1}\n',
+                  b'{"uid": 2}\n{"window": 0, "n_lines": 3}\n'):
+        with open(path, "ab") as f:
+            f.write(piece)
+        time.sleep(0.1)
+    path.unlink()
+    ended.set()
+    watcher.join()
+    assert [n for _, n in found] == [2, 3]
 
 def test_a_result_tells_how_it_was_measured(tmp_path):
     save_result(tmp_path, "x-small", {"seconds": 2.0},
