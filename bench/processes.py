@@ -95,10 +95,13 @@ def follow_lines(path, ended):
         if ended.wait(0.05):
             return
     with open(path, "rb") as f:
-        while not (ended.is_set() and f.tell() == os.fstat(f.fileno()).st_size):
+        while True:
+            is_last = ended.is_set() # nothing is written any more
             if (line := f.readline()).endswith(b"\n"):
                 yield line
-            else: # the end, or the beginning of a line
+            elif is_last:
+                return
+            else: # the end so far, or the beginning of a line
                 f.seek(-len(line), os.SEEK_CUR)
                 ended.wait(0.05)
 

@@ -152,7 +152,7 @@ def test_entries_are_found_while_a_partial_file_is_written(tmp_path):
     watcher = threading.Thread(target=watch_texts, args=(path, ended, found))
     watcher.start()
     for piece in (b'{"settings": {}}\n{"window": 0, "n_', b'lines": 2}\n{"uid": 1}\n',
-                  b'{"uid": 2}\n{"window": 0, "n_lines": 3}\n'):
+                  b'{"uid": 2}\n{"window": 0, "n_lines": 3}\n{"uid": "left incom'):
         with open(path, "ab") as f:
             f.write(piece)
         time.sleep(0.1)
