@@ -106,7 +106,6 @@ def sum_products(
 # %% ../nbs/36_compiled.ipynb #6c4b70a1
 class Projection(NamedTuple):
     "Matrices with the same input, computed as one"
-    sizes: tuple # number of outputs of each
     scale: float # of the adapter
     A: tuple # a LoRA matrix for each
     B: tuple # another one for each
@@ -202,6 +201,7 @@ def quantize_weight(
     room = values.new_zeros(len(values), columns)
     return Fp8Weight(torch.cat([room, values], 1), scale, scale.new_ones(()))
 
+# %% ../nbs/36_compiled.ipynb #36b10c40
 def multiply_8_bits(
     values:torch.Tensor, # tokens × n, in 8 bits
     row_scale:torch.Tensor, # of its rows
@@ -233,6 +233,7 @@ def write_adapter(
     nearest, rest = two_parts(B/weight.factor)
     weight.values[:, :3*B.shape[1]].copy_(torch.cat([nearest, nearest, rest], 1))
 
+# %% ../nbs/36_compiled.ipynb #36b10c42
 def joined_8_bits(
     x:torch.Tensor, # tokens × n, in 16 or 32 bits
     xA:torch.Tensor, # tokens × rank
@@ -369,12 +370,10 @@ def make_projection(
     "The tensors of linear layers, computed as one"
     bases = [_base(layer) for layer in layers]
     A, B = zip(*map(_lora_matrices, layers))
-    sizes = tuple(base.weight.shape[0] for base in bases)
     scale = next(iter(_scales(layers)), 1.0)
-    if not fp8:
-        return Projection(sizes, scale, A, B, join_weights(bases))
+    if not fp8: return Projection(scale, A, B, join_weights(bases))
     weight, rank = torch.cat([base.weight.data for base in bases]), sum(map(len, A))
-    return Projection(sizes, scale, A, B, None, (quantize_weight(weight, rank), quantize_weight(weight.T, rank)))
+    return Projection(scale, A, B, None, (quantize_weight(weight, rank), quantize_weight(weight.T, rank)))
 
 # %% ../nbs/36_compiled.ipynb #011864f1
 def layer_tensors(
@@ -422,6 +421,7 @@ def _state_gradient(relative, total, labels, head, dtype):
     error = (relative.gather(1, index)/total - 1)*has_label
     return _gradient_8_bits(relative, is_label, error, index[:, 0], head, dtype)
 
+# %% ../nbs/36_compiled.ipynb #36b10c44
 def chunk_loss(
     hidden:torch.Tensor, # states after the last norm, tokens × features
     labels:torch.Tensor, # the token that follows each of them, or `IGNORE_INDEX`
