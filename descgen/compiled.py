@@ -6,9 +6,9 @@
 __all__ = ['BLOCK', 'FP8', 'FP8_MAX', 'ROW_MAX', 'WIDTH', 'HEAD_TOKENS', 'MEMORY_BUDGET', 'BREAK_EVEN_TOKENS', 'pad_batch',
            'block_mask', 'example_mask', 'add_products', 'sum_products', 'Projection', 'adapter_gradients',
            'JoinedProduct', 'scaled_A', 'project', 'join_weights', 'quantize_rows', 'Fp8Weight', 'quantize_weight',
-           'multiply_8_bits', 'two_parts', 'write_adapter', 'joined_8_bits', 'Fp8Product', 'write_adapters', 'SwiGLU',
-           'attend', 'Layer', 'decoder_layer', 'make_projection', 'layer_tensors', 'Head', 'make_head', 'chunk_loss',
-           'HeadLoss', 'CompiledLoss', 'compiled_training', 'model_obstacle']
+           'multiply_8_bits', 'write_adapter', 'joined_8_bits', 'Fp8Product', 'write_adapters', 'SwiGLU', 'attend',
+           'Layer', 'decoder_layer', 'make_projection', 'layer_tensors', 'Head', 'make_head', 'chunk_loss', 'HeadLoss',
+           'CompiledLoss', 'compiled_training', 'model_obstacle']
 
 # %% ../nbs/36_compiled.ipynb #7922066d
 from contextlib import contextmanager
@@ -194,10 +194,10 @@ class Fp8Weight(NamedTuple):
 def quantize_weight(
     weight:torch.Tensor, # outputs × inputs
     rank:int=0, # of the adapter
-)->Fp8Weight: # with zeros for the adapter, three columns for each of its rank
+)->Fp8Weight: # with zeros for the adapter
     "Quantise a weight once"
     values, scale = quantize_rows(weight)
-    columns = 3*rank + -(weight.shape[1] + 3*rank)%WIDTH
+    columns = rank + -(weight.shape[1] + rank)%WIDTH
     room = values.new_zeros(len(values), columns)
     return Fp8Weight(torch.cat([room, values], 1), scale, scale.new_ones(()))
 
@@ -208,20 +208,15 @@ def multiply_8_bits(
     weight:torch.Tensor, # m × n, in 8 bits
     scale:torch.Tensor, # of its rows
     dtype, # of the product
+    fast:bool=False, # sum with fewer digits, in less time
 )->torch.Tensor: # tokens × m
     "`values·weightᵀ` with the scales of both"
     if values.device.type == "cpu":
         return ((values.float()*row_scale) @ (weight.float()*scale).T).to(dtype)
-    return torch._scaled_mm(values, weight.T, row_scale, scale.T, out_dtype=dtype)
+    return torch._scaled_mm(values, weight.T, row_scale, scale.T, out_dtype=dtype, use_fast_accum=fast)
 
 # %% ../nbs/36_compiled.ipynb #d9f673cf
-def two_parts(
-    x:torch.Tensor, # in float32
-)->tuple[torch.Tensor, torch.Tensor]: # in 8 bits; their sum is x, nearly
-    "The nearest numbers in 8 bits, and what they leave"
-    nearest = x.clamp(-FP8_MAX, FP8_MAX).to(FP8)
-    rest = (x - nearest.float()).clamp(-FP8_MAX, FP8_MAX)
-    return nearest, rest.to(FP8)
+def _to_8_bits(x): return x.clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 def write_adapter(
     weight:Fp8Weight, # whose first columns are written
@@ -230,8 +225,7 @@ def write_adapter(
     "Write an adapter's matrix before the columns of a weight"
     B = B.float()/weight.scale
     weight.factor.copy_((B.abs().amax().clamp(min=1e-6)/ROW_MAX).sqrt())
-    nearest, rest = two_parts(B/weight.factor)
-    weight.values[:, :3*B.shape[1]].copy_(torch.cat([nearest, nearest, rest], 1))
+    weight.values[:, :B.shape[1]].copy_(_to_8_bits(B/weight.factor))
 
 # %% ../nbs/36_compiled.ipynb #36b10c42
 def joined_8_bits(
@@ -239,12 +233,12 @@ def joined_8_bits(
     xA:torch.Tensor, # tokens × rank
     weight:Fp8Weight, # m × n, with the adapter's B
 )->torch.Tensor: # tokens × m, in the dtype of x
-    "`x·Wᵀ + xA·Bᵀ` in 8 bits, summed in float32"
+    "`x·Wᵀ + xA·Bᵀ` in 8 bits"
     values, scale = quantize_rows(x)
-    nearest, rest = two_parts(xA.float()/scale*weight.factor)
-    zeros = values.new_zeros(len(x), weight.values.shape[1] - 3*xA.shape[1] - x.shape[1])
-    values = torch.cat([nearest, rest, nearest, zeros, values], 1)
-    return multiply_8_bits(values, scale, weight.values, weight.scale, x.dtype)
+    adapter = _to_8_bits(xA.float()/scale*weight.factor)
+    zeros = values.new_zeros(len(x), weight.values.shape[1] - xA.shape[1] - x.shape[1])
+    values = torch.cat([adapter, zeros, values], 1)
+    return multiply_8_bits(values, scale, weight.values, weight.scale, x.dtype, fast=True)
 
 # %% ../nbs/36_compiled.ipynb #36b10c34
 class Fp8Product(torch.autograd.Function):
@@ -394,6 +388,7 @@ class Head(NamedTuple):
     "The output matrix"
     weight: torch.Tensor # vocabulary × features
     transposed: tuple|None = None # the transposed weight in 8 bits, from `quantize_rows`
+    rows: torch.Tensor|None = None # the same numbers, not transposed
 
 def make_head(
     layer, # the output layer of a model
@@ -401,7 +396,9 @@ def make_head(
 )->Head:
     "The output matrix of a model"
     weight = layer.weight.data
-    return Head(weight, quantize_rows(weight.T) if fp8 and len(weight)%16 == 0 else None)
+    if not fp8 or len(weight)%16: return Head(weight)
+    values, scale = quantize_rows(weight.T)
+    return Head(weight, (values, scale), values.T.contiguous())
 
 # %% ../nbs/36_compiled.ipynb #36b10c28
 def _gradient_8_bits(relative, is_label, error, index, head, dtype):
@@ -409,7 +406,7 @@ def _gradient_8_bits(relative, is_label, error, index, head, dtype):
     values, row_scale = head.transposed
     others = (FP8_MAX*relative).masked_fill(is_label, 0).to(FP8)
     scale = -error/others.float().sum(-1, keepdim=True).clamp(min=1e-3) # the whole gradient of the logits sums to 0
-    label_rows = (values[:, index].float()*row_scale).T
+    label_rows = head.rows[index].float()*row_scale.T
     return (multiply_8_bits(others, scale, values, row_scale, dtype) + error*label_rows).to(dtype)
 
 def _state_gradient(relative, total, labels, head, dtype):

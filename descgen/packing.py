@@ -224,8 +224,11 @@ def _start_processes(blocks, n):
 @contextmanager
 def in_processes(self:_ShuffledBlocks,
     n:int=2, # processes
-):
-    "Within this context, other processes make the blocks as soon as they have started"
+): # gives a future that is done when they have started
+    "Within this context, other processes make the blocks once they have started; a second one inside it does nothing"
+    if self._ahead > 1:
+        yield
+        return
     (pool, started), before = _start_processes(self, n), (self._submit, self._ahead)
     def submit(i):
         "The i-th block, from another process or still from the thread"
@@ -233,7 +236,7 @@ def in_processes(self:_ShuffledBlocks,
         return pool.submit(_block_in_process, i) if has_started else before[0](i)
     self._submit, self._ahead = submit, n
     try:
-        yield
+        yield started
     finally:
         for job in self._jobs.values():
             job.cancel()

@@ -137,7 +137,7 @@ def _memory_parts(config, recipe):
     weight_bytes = 4 if compute_dtype(recipe) == "float32" and not has_cuda() else 2
     unquantized = _parameters_in_16_bits(config) if recipe.load_in_4bit else body
     in_4_bits = 0.53*(body - unquantized) # 4 bits and their scales take 0.53 bytes
-    in_8_bits = 2*body if recipe.base_precision == "fp8" else 0 # once for each pass
+    in_8_bits = 2*(body + config.vocab_size*config.hidden_size) if recipe.base_precision == "fp8" else 0 # each twice
     # per parameter of the adapter, its gradient included
     optimizer_bytes = 10 if "8bit" in recipe.optim else 16
     return {

@@ -9,7 +9,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 SCRIPT = """
-import os, signal, sys, time
+import os, signal, sys
 import psutil
 from datasets import Dataset
 from transformers import AutoTokenizer
@@ -19,9 +19,9 @@ from descgen.packing import Packs
 tokenizer = AutoTokenizer.from_pretrained(embedded_model())
 rows = [{"title": f"Lamp {i}", "content": f"A lamp with {i} lights."} for i in range(40)]
 packs = Packs(Dataset.from_list(rows), tokenizer, template_parts(tokenizer), 256, block_rows=10)
-with packs.in_processes():
+with packs.in_processes() as started:
     first = [packs[i] for i in range(4)]
-    while type(packs._submit(0)).__module__.startswith("concurrent"): time.sleep(.2) # until the processes have started
+    started.result()
     packs._submit(1).result()
     with open(sys.argv[1], "w") as f: print(*(child.pid for child in psutil.Process().children()), file=f)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -21,11 +21,11 @@ from ..markdown import circumstances, markdown_table, number
 from ..measure import save_result
 from .card import CARD, add_model_options, card_lock, device, has_gpu, matmul_rate
 from .models import model_folder, read_rows
-from .speed import (TOKENS, WARM, cells, make_recipe, make_watch, measure, summarize, train_descgen,
+from .speed import (TOKENS, WARM, cells, make_packs, make_recipe, make_watch, measure, summarize, train_descgen,
     train_unsloth_packed)
 
 SIDES = ["speed", "profile", "loss"]
-PROFILED = 3 # steps
+BEFORE, PROFILED = 30, 3 # steps before those that are profiled, and their number
 WAYS = { # name: changes of the recipe; None is Unsloth's own trainer
     "Unsloth, packing=True": None,
     "descgen": dict(compile=False),
@@ -51,12 +51,22 @@ def as_on_gpu():
             stack.enter_context(patch("torch.compile", lambda function, **settings: function))
         yield
 
-def train_way(changes, recipe, rows, tokens, watch, callbacks=()):
+@contextmanager
+def started_packs(recipe, rows):
+    "Packs that other processes make, which have started, as in a long run after its layers have been compiled"
+    from transformers import AutoTokenizer
+    from descgen.formatting import pin_date
+    packs = make_packs(recipe, rows, pin_date(AutoTokenizer.from_pretrained(recipe.model_id)))
+    with packs.in_processes() as started:
+        started.result()
+        yield packs
+
+def train_way(changes, recipe, rows, tokens, watch, packs, callbacks=()):
     "One of the ways once"
     if changes is None:
         return train_unsloth_packed(recipe, rows, tokens, watch)
     with as_on_gpu():
-        return train_descgen(recipe.model_copy(update=changes), rows, tokens, watch, callbacks=callbacks)
+        return train_descgen(recipe.model_copy(update=changes), rows, tokens, watch, callbacks=callbacks, packs=packs)
 
 # Speed
 
@@ -84,12 +94,13 @@ def summarize_ways(found):
 def speed_side(args, recipe, rows, tokens, save):
     "Every way in each round"
     card, found = matmul_rate(), {}
-    for i in range(args.rounds):
-        ways = list(WAYS.items())
-        for way, changes in ways[::-1] if i % 2 else ways:
-            run = measure(partial(train_way, changes), recipe, rows, tokens, card)
-            found.setdefault(way, []).append(run)
-            save(summarize_ways(found), found, i + 1)
+    with started_packs(recipe, rows) as packs:
+        for i in range(args.rounds):
+            ways = list(WAYS.items())
+            for way, changes in ways[::-1] if i % 2 else ways:
+                run = measure(partial(train_way, changes), recipe, rows, tokens, card, packs=packs)
+                found.setdefault(way, []).append(run)
+                save(summarize_ways(found), found, i + 1)
 
 # Profile
 
@@ -102,8 +113,8 @@ def kind_of(kernel):
     "What a kernel computes, by its name"
     return next((kind for kind, names in KINDS.items() if re.search(names, kernel, re.I)), "other")
 
-def make_profiler():
-    "A callback that profiles some steps after the warm-up"
+def make_profiler(before):
+    "A callback that profiles some steps when the card is as warm as in a long training"
     import torch
     from torch.profiler import ProfilerActivity
     from transformers import TrainerCallback
@@ -111,10 +122,10 @@ def make_profiler():
     class Profiler(TrainerCallback):
         profile = torch.profiler.profile(activities=[activity])
         def on_step_begin(self, args, state, control, **kw):
-            if state.global_step == WARM:
+            if state.global_step == before:
                 self.profile.start()
         def on_step_end(self, args, state, control, **kw):
-            if state.global_step == WARM + PROFILED:
+            if state.global_step == before + PROFILED:
                 self.profile.stop()
     return Profiler()
 
@@ -125,6 +136,18 @@ def kernel_times(profile):
               "milliseconds": getattr(e, name)/1000/PROFILED} for e in profile.key_averages()]
     return sorted(found, key=lambda k: -k["milliseconds"])
 
+def waits(profile):
+    "Each time that the GPU waits: milliseconds, and the kernels before and after it; the longest first"
+    from torch.autograd import DeviceType
+    events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
+    found, last = [], None
+    for e in sorted(events, key=lambda e: e.time_range.start):
+        if last and e.time_range.start > last.time_range.end:
+            found.append(((e.time_range.start - last.time_range.end)/1000, last.name, e.name))
+        if not last or e.time_range.end > last.time_range.end:
+            last = e
+    return sorted(found, reverse=True)
+
 def kind_times(kernels):
     "Milliseconds per step of each kind, the longest first"
     total = {}
@@ -132,23 +155,24 @@ def kind_times(kernels):
         total[k["kind"]] = total.get(k["kind"], 0) + k["milliseconds"]
     return dict(sorted(total.items(), key=lambda pair: -pair[1]))
 
-def profile_way(changes, recipe, rows):
-    "The kernels of a way"
-    profiler = make_profiler()
-    tokens = (PROFILED + 1)*recipe.per_device_train_batch_size*recipe.max_length
-    train_way(changes, recipe, rows, tokens, make_watch(), callbacks=[profiler])
-    return kernel_times(profiler.profile)
+def profile_way(changes, recipe, rows, packs, before):
+    "Times by kind, the kernels of a way, and its waits"
+    profiler = make_profiler(before)
+    tokens = (before - WARM + PROFILED + 1)*recipe.per_device_train_batch_size*recipe.max_length
+    train_way(changes, recipe, rows, tokens, make_watch(), packs, callbacks=[profiler])
+    kernels, waited = kernel_times(profiler.profile), waits(profiler.profile)
+    return kind_times(kernels) | {"waits": sum(w[0] for w in waited)/PROFILED}, kernels[:40], waited[:40]
 
 def profile_side(args, recipe, rows, tokens, save):
     "The ways of descgen, one after the other"
     summary, raw = {}, {}
-    for way, changes in WAYS.items():
-        if changes is None:
-            continue
-        kernels = profile_way(changes, recipe, rows)
-        summary[way] = kind_times(kernels)
-        raw[way] = kernels[:40]
-        save(summary, raw, 1)
+    with started_packs(recipe, rows) as packs:
+        for way, changes in WAYS.items():
+            if changes is None:
+                continue
+            summary[way], raw[way], waited = profile_way(changes, recipe, rows, packs, WARM if args.small else BEFORE)
+            print(way, *waited, sep="\n")
+            save(summary, raw, 1)
 
 # Loss
 

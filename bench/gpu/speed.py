@@ -147,22 +147,25 @@ def compiled(on):
 
 # The ways: each trains for about so many tokens and returns the model
 
-def train_descgen(recipe, rows, tokens, watch, compile=False, callbacks=()):
-    "descgen, as the notebook trains"
+def make_packs(recipe, rows, tokenizer):
+    "The packs that descgen trains on"
     from datasets import Dataset
     from descgen.formatting import template_parts
+    from descgen.packing import Packs
+    if recipe.sources:
+        rows = with_sources(rows, recipe.sources, recipe.source_chars)
+    return Packs(Dataset.from_list(rows), tokenizer, template_parts(tokenizer), recipe.max_length, recipe.loss_on,
+                 packing=recipe.packing)
+
+def train_descgen(recipe, rows, tokens, watch, compile=False, callbacks=(), packs=None):
+    "descgen, as the notebook trains; `packs` instead of `rows` if other processes make them already"
     from descgen.layers import patch_functions, unsloth_replacements
     from descgen.model import add_lora, load_model
-    from descgen.packing import Packs
     from descgen.recipe import compute_dtype
     from descgen.train import train
     model, tokenizer = load_model(
         recipe.model_id, recipe.max_seq_length, recipe.load_in_4bit, compute_dtype(recipe))
-    if recipe.sources:
-        rows = with_sources(rows, recipe.sources, recipe.source_chars)
-    packs = Packs(Dataset.from_list(rows), tokenizer,
-                  template_parts(tokenizer), recipe.max_length, recipe.loss_on,
-                  packing=recipe.packing)
+    packs = packs or make_packs(recipe, rows, tokenizer)
     each = statistics.mean(len(packs[i]["input_ids"]) for i in range(32))
     model = add_lora(model, recipe)
     model.register_forward_pre_hook(watch.count, with_kwargs=True)
