@@ -414,11 +414,14 @@ def _one_edit_away(word):
     replaced = {start + letter + end[1:] for (start, end), letter in with_letters}
     return shorter | swapped | replaced | {start + letter + end for (start, end), letter in with_letters}
 
+@cache
+def _frequent_words(language): return {word for word in _word_list(language) if zipf(word, language) >= 3.5}
+
 @lru_cache(100_000)
 def _is_misspelled(word, language):
     "Whether a long word that is not listed is nearly a frequent word, and not a name"
     if len(word) < 8 or zipf(word, language) >= 1.5: return False
-    frequent = [other for other in _one_edit_away(word) if zipf(other, language) >= 3.5]
+    frequent = _one_edit_away(word) & _frequent_words(language)
     return any(name_score(other, language) < 0 for other in frequent)
 
 # %% ../nbs/21_claims.ipynb #15fa18e2
