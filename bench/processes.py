@@ -6,9 +6,8 @@
 
 Each number of processes trains the same recipe for a few steps and for more. The difference of the two times is that of
 the steps between, without the start. The numbers take turns. On a CPU the processes share its cores. With `--titles`
-each process describes so many titles with an adapter of 100 steps, or of one step of the embedded model. The first
-third of the titles does not count, because programs are compiled; the partial files tell when the others were
-finished. Each round is written at once.
+each process describes so many titles with the adapter of one step. The first third of them does not count, because
+programs are compiled; the partial files tell when the others were finished. Each round is written at once.
 """
 import json
 import os
@@ -84,8 +83,6 @@ def largest_difference(a, b):
 
 # Writing
 
-ADAPTER_STEPS = 100 # with random weights: then the texts consist of frequent words, as those of a real adapter
-
 def partial_paths(output, n):
     "The files into which `descgen generate` writes finished texts, one per process"
     from descgen.batches import output_paths
@@ -159,10 +156,9 @@ def make_titles(path, count):
 
 def measure_writing(args, values, work):
     "Titles per second of each number of processes, in rounds of which every other one is reversed"
-    steps = ADAPTER_STEPS if args.model else 1
-    train(values, 1, steps, work)
+    train(values, 1, 1, work)
     # a process has the same batches for each n
-    ways = {str(n): partial(write, work/f"1-{steps}"/"adapter", make_titles(args.data, args.titles*n), n, work)
+    ways = {str(n): partial(write, work/"1-1"/"adapter", make_titles(args.data, args.titles*n), n, work)
             for n in args.numbers}
     rounds, name = [], f"processes-write-{args.model.name if args.model else 'embedded'}"
     for i in range(args.rounds):

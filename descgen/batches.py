@@ -8,8 +8,7 @@ __all__ = ['WINDOW', 'BATCHES_PER_ENTRY', 'KINDS', 'GENERATED', 'BatchSettings',
 
 # %% ../nbs/80_batches.ipynb #e0f30d25
 import csv, heapq, json, os, platform, shutil, sys
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -335,8 +334,8 @@ def _chunks(rows, settings, batches):
     size = max(1, (batches or BATCHES_PER_ENTRY)*settings.sampling.batch_size//settings.alternatives)
     return [rows[start:start + size] for start in range(0, max(1, len(rows)), size)]
 
-def _window_chunks(number, window, partial, describer, settings, batches):
-    "Chunks of the rows of a window that have no texts, each with its entry"
+def _write_window(number, window, partial, describer, settings, batches):
+    "Write the missing rows of a window; yields after each entry"
     begun = number == partial.window
     finished = partial.numbers if begun else set()
     rows, rejected = _sort_window(window, describer, settings)
@@ -344,8 +343,11 @@ def _window_chunks(number, window, partial, describer, settings, batches):
     missing = [row for row in rows if row.number not in finished]
     if begun and not missing: return
     for chunk in _chunks(missing, settings, batches):
-        yield chunk, {"window": number, "rejected": rejected, "numbers": [row.number for row in chunk]}
+        lines = _write_rows(describer, chunk, settings) if chunk else []
+        numbers = [row.number for row in chunk]
+        _append(partial, {"window": number, "rejected": rejected, "numbers": numbers}, lines)
         rejected = []
+        yield
 
 # %% ../nbs/80_batches.ipynb #eb8d3904
 def _count_rows(source, settings):
@@ -353,45 +355,15 @@ def _count_rows(source, settings):
     states = Counter(row.state for row in _read_rows(source, settings.fill))
     return states.total(), states["write"]
 
-def _missing_chunks(source, partial, describer, settings, batches, process, processes):
-    "Chunks of the rows of a process that have no texts, each with its entry"
+def _write_missing(source, partial, describer, settings, batches, process=0, processes=1):
+    "Write all rows of a process that have no texts; yields how many have after each entry"
+    yield partial.rows
     # of several processes, each has as many rows in a window as one alone
     for number, window in enumerate(_windows(_read_rows(source, settings.fill), processes*WINDOW)):
         if number < partial.window: continue
         window = [row for row in window if row.number % processes == process]
-        yield from _window_chunks(number, window, partial, describer, settings, batches)
-
-# %% ../nbs/80_batches.ipynb #a11ead02
-def _at_once(entries):
-    "How many chunks are written at a time, from the entries of the settings"
-    return 2 if entries["device"] == "cuda" else 1
-
-def _in_threads(function, items, n):
-    "The results of a function for each item, in order, of which n are computed at a time"
-    if n == 1:
-        yield from map(function, items)
-        return
-    pool, jobs = ThreadPoolExecutor(n), deque()
-    try:
-        for item in items:
-            jobs.append(pool.submit(function, item))
-            if len(jobs) == n: yield jobs.popleft().result()
-        while jobs: yield jobs.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-# %% ../nbs/80_batches.ipynb #a11ead06
-def _write_missing(source, partial, describer, settings, batches, at_once, process=0, processes=1):
-    "Write all rows of a process that have no texts; yields how many have after each entry"
-    yield partial.rows
-    def write(chunk_and_entry):
-        "The entry of a chunk, and its lines"
-        chunk, entry = chunk_and_entry
-        return entry, _write_rows(describer, chunk, settings) if chunk else []
-    chunks = _missing_chunks(source, partial, describer, settings, batches, process, processes)
-    for entry, lines in _in_threads(write, chunks, at_once):
-        _append(partial, entry, lines)
-        yield partial.rows
+        for _ in _write_window(number, window, partial, describer, settings, batches):
+            yield partial.rows
 
 # %% ../nbs/80_batches.ipynb #472e24d1
 def _entries(parts):
@@ -723,7 +695,7 @@ def generate_steps(
         source, n_read, n_rows = _count_input(path, name, output, settings)
         entries = json.loads(to_json(_settings_entries(describer, path, name, settings)))
         partial = _open_partial(paths["partial"], entries, overwrite)
-        for finished in _write_missing(source, partial, describer, settings, batches_per_step, _at_once(entries)):
+        for finished in _write_missing(source, partial, describer, settings, batches_per_step):
             yield finished, n_rows
         described, reasons = _write_output(output, [partial.path], source, entries, settings)
         partial.path.unlink()
@@ -767,7 +739,7 @@ def _write_share(folder):
     partial = _open_partial(folder/f"part-{rank}.jsonl", entries, job["overwrite"])
     total = -(-job["rows"]//n)
     with tqdm(total=total, desc="describing (first process)", unit="title", delay=2, disable=rank > 0) as bar:
-        for finished in _write_missing(source, partial, describer, settings, None, _at_once(entries), rank, n):
+        for finished in _write_missing(source, partial, describer, settings, None, rank, n):
             bar.update(finished - bar.n)
 
 # %% ../nbs/80_batches.ipynb #2f952a26

@@ -7,7 +7,7 @@ __all__ = ['TOP_K', 'read_settings', 'load_adapter', 'Sampling', 'seeded_noise',
            'stream', 'open_sources', 'find_sources']
 
 # %% ../nbs/50_inference.ipynb #02bd0869
-import hashlib, json, sys, threading
+import hashlib, json, sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -185,8 +185,6 @@ def _complete_batch(model, tokenizer, prompts, sampling, noise):
     return [_truncate_at_eos(row, tokenizer.eos_token_id) for row in new]
 
 # %% ../nbs/50_inference.ipynb #e14e7509
-_generating = threading.Lock() # one batch at a time: Unsloth's layers keep the cache in the model
-
 def _complete_in_batches(model, tokenizer, prompts, sampling, noise, on_text):
     "The new tokens of each prompt, in batches of similar length"
     completions = {}
@@ -194,8 +192,7 @@ def _complete_in_batches(model, tokenizer, prompts, sampling, noise, on_text):
     for start in range(0, len(order), sampling.batch_size):
         indices = order[start:start + sampling.batch_size]
         batch_noise = None if noise is None else noise[indices]
-        with _generating:
-            new = _complete_batch(model, tokenizer, [prompts[i] for i in indices], sampling, batch_noise)
+        new = _complete_batch(model, tokenizer, [prompts[i] for i in indices], sampling, batch_noise)
         completions |= dict(zip(indices, new))
         for number, tokens in zip(indices, new): on_text(number, tokens)
     return [completions[i] for i in range(len(prompts))]

@@ -559,7 +559,7 @@ def decode_static(
         texts = Texts(n, max_new_tokens, end, device)
         writing = _Writing(slots, texts, prompts, choose, pad, n, on_text, on_tokens)
         new = _run(writing, interval or INTERVAL)
+        _hand_over(writing, lambda: True)
         if not _keep_slots(slots):
             copy.slots = None
-    _hand_over(writing, lambda: True) # another thread may write meanwhile
     return new
