@@ -153,7 +153,7 @@ def project(
     projection:Projection,
     xA:torch.Tensor|None=None, # the product of `x.detach()` and `scaled_A`, if it is known
 )->tuple: # the output of each matrix
-    "Base and adapter, summed in float32 and rounded once"
+    "Base and adapter in one sum, which is rounded once"
     A, B = scaled_A(projection, x.dtype), [b.to(x.dtype) for b in projection.B]
     if xA is None: xA = x.detach() @ A.T
     if projection.fp8 is None: return JoinedProduct.apply(x, xA, projection.weight, A, *B)

@@ -321,7 +321,8 @@ def speed_table(record):
 
 def profile_tables(record):
     "Time by kind of kernel, and the longest kernels of each way"
-    kinds = list(dict.fromkeys(kind for times in record["summary"].values() for kind in times))
+    found = dict.fromkeys(kind for times in record["summary"].values() for kind in times)
+    kinds = sorted(found, key=lambda kind: kind == "waits") # they come last
     rows = [[way, *(number(times.get(kind), ".1f") for kind in kinds), f"{sum(times.values()):.1f}"]
             for way, times in record["summary"].items()]
     lines = [circumstances(record, *CARD), "", "Milliseconds per step:", "", *markdown_table(["", *kinds, "sum"], rows)]
