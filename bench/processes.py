@@ -144,9 +144,10 @@ def write(adapter, titles, n, work):
     with watched(output, n) as found:
         run_command(["-c", "from descgen.cli import app; app()", "generate", "--adapter", adapter, "--input",
             folder/"titles.txt", "--output", output, "--processes", n, "--no-verify"], n)
-    rate = sum(texts_per_second(entries, len(titles)/n) for entries in found)
-    print(f"{n}: {rate:.1f} titles per second, {time.perf_counter() - start:.0f} s in all", flush=True)
-    return rate
+    rates = [texts_per_second(entries, len(titles)/n) for entries in found]
+    shown = " + ".join(f"{rate:.1f}" for rate in rates)
+    print(f"{n}: {shown} titles per second, {time.perf_counter() - start:.0f} s in all", flush=True)
+    return sum(rates)
 
 def make_titles(path, count):
     "So many different titles, from those of the data"

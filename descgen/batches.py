@@ -110,6 +110,7 @@ class Row(NamedTuple):
     state:str # "write", "keep" or "reject"
     reason:str # why it is rejected
     record:Record
+    prompt:object = None # from the describer, while the row is written
 
 # %% ../nbs/80_batches.ipynb #bda8d179
 def _has_content(record, source):
@@ -279,29 +280,29 @@ def _open_partial(path, entries, overwrite):
 # %% ../nbs/80_batches.ipynb #99c9c62e
 WINDOW = 4096 # rows that are sorted by length together
 
-def _reject_too_long(rows, lengths, describer, settings):
-    "The rows with those rejected whose prompts leave no room for a text"
-    room = describer.max_seq_length - settings.sampling.max_new_tokens
-    checked = []
-    for row, length in zip(rows, lengths):
-        if length > room:
-            reason = (f"the prompt has {length:,} tokens and leaves no room for "
-                f"{settings.sampling.max_new_tokens} within max_seq_length="
-                f"{describer.max_seq_length}")
-            row = row._replace(state="reject", reason=reason)
-        checked.append(row)
-    return checked
+def _too_long(prompt, describer, settings):
+    "Why a prompt leaves no room for a text; None if there is room"
+    n_new, length = settings.sampling.max_new_tokens, len(prompt.ids)
+    if length + n_new <= describer.max_seq_length: return None
+    return (f"the prompt has {length:,} tokens and leaves no room for {n_new} within "
+        f"max_seq_length={describer.max_seq_length}")
+
+def _with_prompts(rows, describer, settings):
+    "The rows with their prompts; those whose prompts leave no room for a text are rejected"
+    prompts, found = describer.prompts_of([row.title for row in rows]), []
+    for row, prompt in zip(rows, prompts):
+        reason = _too_long(prompt, describer, settings)
+        changed = {"state": "reject", "reason": reason} if reason else {"prompt": prompt}
+        found.append(row._replace(**changed))
+    return found
 
 # %% ../nbs/80_batches.ipynb #3cd7917d
 def _sort_window(window, describer, settings):
     "The rows to write, those with the longest prompts first, and the rejected rows"
-    rows = [row for row in window if row.state == "write"]
-    lengths = describer.prompt_lengths([row.title for row in rows])
-    rows = _reject_too_long(rows, lengths, describer, settings)
-    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
-    writable = [rows[i] for i in order if rows[i].state == "write"]
+    rows = _with_prompts([row for row in window if row.state == "write"], describer, settings)
+    writable = [row for row in rows if row.state == "write"]
     rejected = [row for row in [*window, *rows] if row.state == "reject"]
-    return writable, sorted(rejected, key=lambda row: row.number)
+    return sorted(writable, key=lambda row: -len(row.prompt.ids)), sorted(rejected, key=lambda row: row.number)
 
 def _rejected_entry(row):
     "A rejected row, as in the other files of rejected lines"
@@ -323,7 +324,8 @@ def _write_rows(describer, rows, settings):
     texts = [(row, {"alternative": i} if n > 1 else {}) for row in rows for i in range(n)]
     keys = [f"{row.number if row.uid is None else row.uid!r} {own.get('alternative', 0)}" for row, own in texts]
     found = describer.describe([row.title for row, _ in texts], settings.sampling, verify=settings.verify,
-        strict=settings.strict, drafts=settings.drafts, keys=keys, progress=False)
+        strict=settings.strict, drafts=settings.drafts, keys=keys, prompts=[row.prompt for row, _ in texts],
+        progress=False)
     return [_output_line(row, own, verified) for (row, own), verified in zip(texts, found)]
 
 # %% ../nbs/80_batches.ipynb #8dcc97f1

@@ -281,13 +281,13 @@ def _write_again(model, tokenizer, writings, sampling):
         writing.draft = _decode(tokenizer, before + new).removeprefix(_decode(tokenizer, before))
         _record_tokens(writing, tokenizer, new)
 
-def _begin(tokenizer, titles, parts, sampling, sources, checks, keys=None):
+def _begin(tokenizer, titles, parts, sampling, sources, checks, keys=None, prompts=None):
     "The drafts to be written, with their prompts, those of a title one after the other"
     sources = [()]*len(titles) if sources is None else sources
+    prompts = prompts or [prompt_ids(title, tokenizer, parts, own) for title, own in zip(titles, sources, strict=True)]
     shared = {"budget": sampling.max_new_tokens, "count": lambda text: len(text_ids(tokenizer, text))}
-    return [_Writing(title, own, checks, prompt=prompt_ids(title, tokenizer, parts, own),
-                     index=f"{key} draft {draft}" if draft else key, **shared)
-            for key, title, own in zip(keys or range(len(titles)), titles, sources, strict=True)
+    return [_Writing(title, own, checks, prompt=prompt, index=f"{key} draft {draft}" if draft else key, **shared)
+            for key, title, own, prompt in zip(keys or range(len(titles)), titles, sources, prompts, strict=True)
             for draft in range(checks.drafts)]
 
 # %% ../nbs/51_verified.ipynb #a71f9ad6
@@ -353,10 +353,11 @@ def describe_verified(
     checks:Checks=Checks(), # which claims are supported, and how many drafts a text has
     *,
     keys:list[str]|None=None, # random numbers by these keys, not by position: see `seeded_noise`
+    prompts:list[list[int]]|None=None, # of the titles, token ids; None: from `prompt_ids`
     progress:bool=True, # show a progress bar
 )->list[Verified]: # one per title
     "Describe each title, without unsupported claims"
-    writings = _begin(tokenizer, titles, parts or template_parts(tokenizer), sampling, sources, checks, keys)
+    writings = _begin(tokenizer, titles, parts or template_parts(tokenizer), sampling, sources, checks, keys, prompts)
     n, sampled = checks.drafts, replace(sampling, greedy=False)
     _write_drafts(writings[::n], model, tokenizer, sampling, keys is not None, progress)
     others = [writing for i, writing in enumerate(writings) if i % n]

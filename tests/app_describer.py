@@ -2,6 +2,7 @@
 import re, time
 from contextlib import contextmanager
 
+from descgen.describer import Prompt
 from descgen.inference import Sampling
 from descgen.verified import Verified, locate_claims, verify
 
@@ -36,8 +37,8 @@ class AppDescriber:
     def identity(self):
         return {"adapter": "fixed texts", "sources": self.n_sources}
 
-    def prompt_lengths(self, titles):
-        return list(map(len, titles))
+    def prompts_of(self, titles):
+        return [Prompt(own, title) for title, own in zip(titles, self.sources_of(titles))]
 
     def verifies(self, verify=None):
         return self.trained_with_sources if verify is None else verify
@@ -54,7 +55,8 @@ class AppDescriber:
         claims = locate_claims(self.draft(title), title, sources)
         return Verified(self.draft(title), claims, sources=tuple(sources))
 
-    def describe(self, titles, sampling=Sampling(), *, verify=None, strict=False, drafts=1, keys=None, progress=True):
+    def describe(self, titles, sampling=Sampling(), *, verify=None, strict=False, drafts=1, keys=None, prompts=None,
+            progress=True):
         time.sleep(self.seconds)
         return [self.finish(title, verify) for title in titles]
 
