@@ -341,13 +341,16 @@ class _Writing:
         self.new = [[] for _ in self.prompts] # new tokens of each prompt
         self.ended = deque() # numbers of the prompts whose texts `on_text` does not know yet
 
-    def free(self):
-        "The slots without a text"
-        return [slot for slot, owner in enumerate(self.owners) if owner is None]
+# %% ../nbs/35_static_decoding.ipynb #560515d6
+@patch
+def free(self:_Writing):
+    "The slots without a text"
+    return [slot for slot, owner in enumerate(self.owners) if owner is None]
 
-    def used(self):
-        "The slots with a text"
-        return [slot for slot, owner in enumerate(self.owners) if owner is not None]
+@patch
+def used(self:_Writing):
+    "The slots with a text"
+    return [slot for slot, owner in enumerate(self.owners) if owner is not None]
 
 # %% ../nbs/35_static_decoding.ipynb #bd47159f
 def _fill_slots(writing, free):
