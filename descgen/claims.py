@@ -659,12 +659,11 @@ def _name_words(text, language, common):
     for sentence in sentences(text):
         title_case = everywhere or is_title_case(sentence.text, .85)
         for m, inside in _words_with_place(text, sentence):
-            word = _POSSESSIVE.sub("", m[0])
-            if any(start <= m.start() < end for start, end in places):
+            if places and any(start <= m.start() < end for start, end in places):
                 yield m
-            elif not word.islower() and word.lower() not in common and _is_name(
-                    word, inside, title_case, language):
-                yield m
+            elif not m[0].islower():
+                word = _POSSESSIVE.sub("", m[0])
+                if word.lower() not in common and _is_name(word, inside, title_case, language): yield m
 
 # %% ../nbs/21_claims.ipynb #0dcf1585
 # two words of a name
@@ -742,10 +741,14 @@ _NUMBER_WORDS = {
     "fr": "deux trois quatre cinq six sept huit neuf dix onze douze",
     "it": "due tre quattro cinque sei sette otto nove dieci undici dodici"}
 
+@cache
+def _digits(language):
+    "Number word → digits"
+    return {word: str(n) for n, word in enumerate(_NUMBER_WORDS[language].split(), 2)}
+
 def _in_digits(text, language):
     "The text with digits in place of number words"
-    digits = {word: str(n) for n, word in enumerate(_NUMBER_WORDS[language].split(), 2)}
-    return _WORD.sub(lambda m: digits.get(m[0].lower(), m[0]), text)
+    return _WORD.sub(lambda m: _digits(language).get(m[0].lower(), m[0]), text)
 
 # %% ../nbs/21_claims.ipynb #9b61f40e
 @dataclass(frozen=True)

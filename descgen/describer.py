@@ -15,7 +15,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from .claims import LANGUAGES, common_words, detect_language
 from .files import short_path
-from .formatting import prompt_ids, template_parts
+from .formatting import batch_prompt_ids, template_parts
 from .inference import (complete, finish_reason, load_adapter, open_sources, read_settings,
     Sampling, seeded_noise, stream)
 from .model import adapter_hash, model_fingerprint
@@ -112,8 +112,9 @@ def prompts_of(self:Describer,
     titles:list[str], # any texts
 )->list[Prompt]: # one per title
     "The sources and the prompt of each title"
-    return [Prompt(own, prompt_ids(title, self.tokenizer, self.parts, own))
-            for title, own in zip(titles, self.sources_of(titles))]
+    sources = self.sources_of(titles)
+    return [Prompt(own, ids) for own, ids in
+            zip(sources, batch_prompt_ids(titles, self.tokenizer, self.parts, sources))]
 
 # %% ../nbs/52_describer.ipynb #017b5491
 @patch
@@ -137,7 +138,7 @@ def verifies(self:Describer,
     return self.trained_with_sources if verify is None else verify
 
 # %% ../nbs/52_describer.ipynb #ba3253a2
-def _describe_unverified(describer, titles, prompts, checks, sampling, keys, progress):
+def _describe_unverified(describer, titles, prompts, checks, sampling, keys, progress, on_text):
     "Whole texts; ValueError for several drafts"
     if checks.drafts > 1:
         raise ValueError(f"drafts={checks.drafts}: the best draft is chosen among verified texts. Verify them "
@@ -147,6 +148,7 @@ def _describe_unverified(describer, titles, prompts, checks, sampling, keys, pro
     def keep(i, new):
         "The text of a title, with its claims"
         texts[i] = _whole_text(describer.tokenizer, new, titles[i], prompts[i].sources, checks)
+        on_text(i, texts[i])
     ids = [prompt.ids for prompt in prompts]
     complete(describer.model, describer.tokenizer, ids, sampling, noise=noise, progress=progress, on_text=keep)
     return texts
@@ -163,16 +165,17 @@ def describe(self:Describer,
     keys:list[str]|None=None, # random numbers by these keys, not by position: see `seeded_noise`
     prompts:list[Prompt]|None=None, # of the titles, if they are known from `prompts_of`
     progress:bool=True, # show a progress bar
+    on_text=lambda number, verified: None, # called for each text when it is finished: number of its title, `Verified`
 )->list[Verified]: # one per title
     "Describe titles; ValueError for several drafts without verification"
     titles = _check_titles(titles)
     prompts = self.prompts_of(titles) if prompts is None else prompts
     checks = replace(self.checks, strict=strict, drafts=drafts)
     if not self.verifies(verify):
-        return _describe_unverified(self, titles, prompts, checks, sampling, keys, progress)
+        return _describe_unverified(self, titles, prompts, checks, sampling, keys, progress, on_text)
     sources, ids = [prompt.sources for prompt in prompts], [prompt.ids for prompt in prompts]
     return describe_verified(self.model, self.tokenizer, titles, self.parts, sampling, sources, checks, keys=keys,
-        prompts=ids, progress=progress)
+        prompts=ids, progress=progress, on_text=on_text)
 
 # %% ../nbs/52_describer.ipynb #92a63ff0
 @patch

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INSTRUCTION', 'DEFAULT_DATE', 'IGNORE_INDEX', 'sources_text', 'chat_messages', 'pin_date', 'template_text',
-           'text_ids', 'TemplateParts', 'template_parts', 'prompt_ids', 'completion_ids', 'set_eos_and_pad',
-           'encode_row', 'show_labels', 'encode_rows']
+           'text_ids', 'TemplateParts', 'template_parts', 'prompt_ids', 'batch_prompt_ids', 'completion_ids',
+           'set_eos_and_pad', 'encode_row', 'show_labels', 'encode_rows']
 
 # %% ../nbs/20_formatting.ipynb #c003
 import html, re
@@ -135,6 +135,17 @@ def prompt_ids(
 )->list[int]: # token ids, complete: the model needs no other
     "The prompt, up to where the assistant begins to write"
     return parts.head + text_ids(tokenizer, _prompt_text(title, parts, sources)) + parts.middle
+
+def batch_prompt_ids(
+    titles:list[str], # any texts
+    tokenizer, # of the model
+    parts:TemplateParts, # of its chat template, from `template_parts`
+    sources:list|None=None, # for each title its sources, as for `prompt_ids`; None: no sources
+)->list[list[int]]: # a prompt per title; ValueError if there are not as many sources
+    "The prompts of titles, which are tokenised together"
+    sources = [()]*len(titles) if sources is None else sources
+    texts = [_prompt_text(title, parts, own) for title, own in zip(titles, sources, strict=True)]
+    return [parts.head + ids + parts.middle for ids in text_ids(tokenizer, texts)] if texts else []
 
 def completion_ids(
     content:str, # the product's description, any text

@@ -11,7 +11,7 @@ import html, re
 from dataclasses import dataclass, field, replace
 
 from .claims import find_claims, sentences, supporting
-from .formatting import prompt_ids, template_parts, TemplateParts, text_ids
+from .formatting import batch_prompt_ids, template_parts, TemplateParts, text_ids
 from .inference import complete, finish_reason, Sampling, seeded_noise, stream
 from .probability import ClaimProbability
 
@@ -139,9 +139,11 @@ class _Writing:
     finish_reason:str = "stop" # of the draft
     original_reason:str = "stop" # of the original draft
     prompt:list = () # token ids
+    number:int = 0 # of the title among the titles
     index:object = 0 # key of the random numbers: the title's position, unless it is given
     budget:int = 0 # most tokens of the kept and removed sentences
     count:object = len # number of tokens of a text
+    verified:Verified|None = None # once the text is finished
 
 # %% ../nbs/51_verified.ipynb #c51019
 def _next_sentence(writing, is_complete):
@@ -266,52 +268,53 @@ def _record_tokens(writing, tokenizer, new):
     writing.finish_reason = finish_reason(tokenizer, new)
 
 # %% ../nbs/51_verified.ipynb #c51045
-def _write_again(model, tokenizer, writings, sampling):
-    "Replace the drafts by sampled continuations of the kept texts, all in one call"
+def _write_again(model, tokenizer, writings, sampling, on_draft=lambda writing: None):
+    "Replace the drafts by sampled continuations of the kept texts, all in one call; `on_draft` is called for each"
     import torch
     sampled = replace(sampling, greedy=False)
     kept = [text_ids(tokenizer, writing.kept) for writing in writings]
     prompts = [writing.prompt + ids for writing, ids in zip(writings, kept)]
     noise = torch.stack([_round_noise(writing, sampled) for writing in writings])
     longest = replace(sampled, max_new_tokens=max(map(_room, writings)))
-    completions = complete(model, tokenizer, prompts, longest, noise=noise, progress=False)
-    for writing, before, new in zip(writings, kept, completions):
-        new = new[:_room(writing)]
+    def take(i, new):
+        "Make a continuation the draft"
+        writing, before, new = writings[i], kept[i], new[:_room(writings[i])]
         # decoded together: some tokenizers drop the space before the first token
         writing.draft = _decode(tokenizer, before + new).removeprefix(_decode(tokenizer, before))
         _record_tokens(writing, tokenizer, new)
+        on_draft(writing)
+    complete(model, tokenizer, prompts, longest, noise=noise, progress=False, on_text=take)
 
 def _begin(tokenizer, titles, parts, sampling, sources, checks, keys=None, prompts=None):
     "The drafts to be written, with their prompts, those of a title one after the other"
     sources = [()]*len(titles) if sources is None else sources
-    prompts = prompts or [prompt_ids(title, tokenizer, parts, own) for title, own in zip(titles, sources, strict=True)]
+    prompts = prompts or batch_prompt_ids(titles, tokenizer, parts, sources)
     shared = {"budget": sampling.max_new_tokens, "count": lambda text: len(text_ids(tokenizer, text))}
-    return [_Writing(title, own, checks, prompt=prompt, index=f"{key} draft {draft}" if draft else key, **shared)
-            for key, title, own, prompt in zip(keys or range(len(titles)), titles, sources, prompts, strict=True)
-            for draft in range(checks.drafts)]
+    named = zip(keys or range(len(titles)), titles, sources, prompts, strict=True)
+    return [_Writing(title, own, checks, prompt=prompt, number=number,
+                     index=f"{key} draft {draft}" if draft else key, **shared)
+            for number, (key, title, own, prompt) in enumerate(named) for draft in range(checks.drafts)]
 
 # %% ../nbs/51_verified.ipynb #a71f9ad6
-def _check_draft(writing, text):
-    "Verify a first draft up to a sentence that is to be written again"
-    writing.draft = text
+def _verify_draft(writing, finish):
+    "Verify a draft up to a sentence that is to be written again; a text without one goes to `finish`"
     writing.waits = _advance(writing)
+    if not writing.waits: finish(writing)
 
-def _write_drafts(writings, model, tokenizer, sampling, by_key, progress):
+def _write_drafts(writings, model, tokenizer, sampling, by_key, progress, finish):
     "Write each text once; a GPU writes others while a draft is verified"
     def check(i, new):
         "Verify the draft of a text"
+        writings[i].draft = _decode(tokenizer, new)
         _record_tokens(writings[i], tokenizer, new)
-        _check_draft(writings[i], _decode(tokenizer, new))
+        _verify_draft(writings[i], finish)
     prompts, noise = [writing.prompt for writing in writings], _first_noise(writings, by_key, sampling)
     complete(model, tokenizer, prompts, sampling, noise=noise, progress=progress, on_text=check)
 
-def _mend(writings, model, tokenizer, sampling):
+def _mend(writings, model, tokenizer, sampling, finish):
     "Write the unsupported sentences of verified drafts again, or leave them out"
-    waiting = [writing for writing in writings if writing.waits]
-    while waiting:
-        _write_again(model, tokenizer, waiting, sampling)
-        waiting = [writing for writing in waiting if _advance(writing)]
-    for writing in writings: _finish(writing)
+    while waiting := [writing for writing in writings if writing.waits]:
+        _write_again(model, tokenizer, waiting, sampling, lambda writing: _verify_draft(writing, finish))
 
 # %% ../nbs/51_verified.ipynb #b10c0202
 WORTH_STATING = 0.2 # a claim of a source that is less likely counts against a draft
@@ -355,16 +358,24 @@ def describe_verified(
     keys:list[str]|None=None, # random numbers by these keys, not by position: see `seeded_noise`
     prompts:list[list[int]]|None=None, # of the titles, token ids; None: from `prompt_ids`
     progress:bool=True, # show a progress bar
+    on_text=lambda number, verified: None, # called for each text when it is finished: number of its title, `Verified`
 )->list[Verified]: # one per title
     "Describe each title, without unsupported claims"
     writings = _begin(tokenizer, titles, parts or template_parts(tokenizer), sampling, sources, checks, keys, prompts)
-    n, sampled = checks.drafts, replace(sampling, greedy=False)
-    _write_drafts(writings[::n], model, tokenizer, sampling, keys is not None, progress)
+    texts, n, sampled = [None]*len(titles), checks.drafts, replace(sampling, greedy=False)
+    def finish(writing):
+        "Keep the text of a title once all its drafts are verified"
+        _finish(writing)
+        writing.verified, i = _result(writing), writing.number
+        drafts = [draft.verified for draft in writings[n*i:n*(i + 1)]]
+        if None in drafts: return
+        texts[i] = _best_draft(drafts, titles[i], checks)
+        on_text(i, texts[i])
+    _write_drafts(writings[::n], model, tokenizer, sampling, keys is not None, progress, finish)
     others = [writing for i, writing in enumerate(writings) if i % n]
-    if others: _write_drafts(others, model, tokenizer, sampled, True, progress)
-    _mend(writings, model, tokenizer, sampling)
-    drafts = [_result(writing) for writing in writings]
-    return [_best_draft(drafts[n*i:n*(i + 1)], title, checks) for i, title in enumerate(titles)]
+    if others: _write_drafts(others, model, tokenizer, sampled, True, progress, finish)
+    _mend(writings, model, tokenizer, sampling, finish)
+    return texts
 
 # %% ../nbs/51_verified.ipynb #b10c0401
 def mend(
@@ -380,8 +391,10 @@ def mend(
     "Verify texts that are already written: unsupported sentences are written again, or left out"
     parts = parts or template_parts(tokenizer)
     writings = _begin(tokenizer, titles, parts, sampling, sources, replace(checks, drafts=1))
-    for writing, text in zip(writings, texts, strict=True): _check_draft(writing, text)
-    _mend(writings, model, tokenizer, sampling)
+    for writing, text in zip(writings, texts, strict=True):
+        writing.draft = text
+        _verify_draft(writing, _finish)
+    _mend(writings, model, tokenizer, sampling, _finish)
     return [_result(writing) for writing in writings]
 
 # %% ../nbs/51_verified.ipynb #c51068

@@ -56,9 +56,12 @@ class AppDescriber:
         return Verified(self.draft(title), claims, sources=tuple(sources))
 
     def describe(self, titles, sampling=Sampling(), *, verify=None, strict=False, drafts=1, keys=None, prompts=None,
-            progress=True):
+            progress=True, on_text=lambda number, verified: None):
         time.sleep(self.seconds)
-        return [self.finish(title, verify) for title in titles]
+        texts = [self.finish(title, verify) for title in titles]
+        for number, text in enumerate(texts):
+            on_text(number, text)
+        return texts
 
     def stream(self, title, sampling=Sampling(), *, verify=None, strict=False):
         for word in re.findall(r"\S+\s*", self.draft(title)):
