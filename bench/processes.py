@@ -2,7 +2,7 @@
 
     python -m bench processes                                       # on a CPU: the embedded model in float32
     python -m bench processes --model WORK/llama --accumulation 8   # on GPUs: Llama's shape, one process per GPU
-    python -m bench processes --model WORK/llama --titles 24576     # describing titles instead of training
+    python -m bench processes --model WORK/llama --titles 16384     # describing titles instead of training
 
 Each number of processes trains the same recipe for a few steps and for more. The difference of the two times is that of
 the steps between, without the start. The numbers take turns. On a CPU the processes share its cores. With `--titles`

@@ -2,7 +2,7 @@
 
     python -m bench gpu-hours trn.json    # without a GPU: counts the tokens of a sample of the file's rows
 
-The times follow from this count and from the speeds that gpu-compiled and gpu-write have measured.
+The times follow from this count and from the speeds that gpu-compiled, gpu-write and processes have measured.
 """
 import itertools
 import statistics
@@ -63,11 +63,17 @@ def writing_times(read):
             rows.append([f"write: {label}, batches of {size}", minutes(60*ROWS/fastest["per_minute"])])
     return rows
 
+def file_times(read):
+    "For each number of GPUs the time that `descgen generate` takes for a description per row"
+    record = read("processes-write-llama") or {"summary": {}}
+    return [[f"write: descgen generate on {n} GPU{'s' if int(n) > 1 else ''}, claims included",
+             minutes(ROWS/found["titles_per_second"])] for n, found in record["summary"].items()]
+
 def tables(read):
     counted, speeds = read("gpu-hours"), read("gpu-compiled-speed-llama")
     if not (counted and speeds):
         return {}
     tokens = counted["summary"]["tokens_per_row"]
-    n, times = counted["summary"]["rows"], training_times(tokens, speeds) + writing_times(read)
+    n, times = counted["summary"]["rows"], [*training_times(tokens, speeds), *writing_times(read), *file_times(read)]
     lines = [f"{place(speeds['machine'])}, {tokens:.0f} tokens per row (mean of {n:,} rows).", ""]
     return {"gpu-hours": lines + markdown_table(["", f"{ROWS:,} rows"], times)}
