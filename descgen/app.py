@@ -552,13 +552,12 @@ CSS = """
 .dg-source {background: #2563eb33; border-bottom: 2px dotted #3b82f6}
 .dg-none {background: #dc262633}
 .dg-cards {display: grid; gap: .75em; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17em), 1fr))}
-.dg-card {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .75em; margin: 0;
-  background: var(--background-fill-secondary); overflow-wrap: anywhere}
+.dg-card, .dg-panel {border: 1px solid var(--border-color-primary); border-radius: 8px}
+.dg-card {padding: .75em; margin: 0; background: var(--background-fill-secondary); overflow-wrap: anywhere}
 .dg-card h4, .dg-card p {margin: 0 0 .25em}
 .dg-card p {max-height: 9em; overflow: auto}
 .dg-sides {display: grid; gap: .75em; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18em), 1fr))}
-.dg-panel {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .75em !important;
-  gap: 0 !important}
+.dg-panel {padding: .75em !important; gap: 0 !important}
 .dg-panel h3, .dg-head h1 {margin: 0 0 .25em}
 .dg-head {display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1em}
 .dg-head a, .dg-scroll a {text-decoration: underline}

@@ -34,12 +34,12 @@ def medoid(
 # %% ../nbs/62_evaluation.ipynb #5dbff3e7
 def _generations(titles, tokenizer, parts, sources):
     "By system: whether it uses the adapter, whether it is greedy, and its prompts"
-    from descgen.formatting import prompt_ids
-    plain = [prompt_ids(title, tokenizer, parts) for title in titles]
+    from descgen.formatting import batch_prompt_ids
+    plain = batch_prompt_ids(titles, tokenizer, parts)
     if sources is None: return {
         BASE: (False, False, plain), BASE + GREEDY: (False, True, plain),
         TUNED: (True, False, plain), TUNED + GREEDY: (True, True, plain)}
-    full = [prompt_ids(title, tokenizer, parts, own) for title, own in zip(titles, sources)]
+    full = batch_prompt_ids(titles, tokenizer, parts, sources)
     return {
         BASE: (False, False, plain), BASE + GREEDY: (False, True, plain), BASE_SOURCES: (False, False, full),
         TUNED: (True, False, full), TUNED + GREEDY: (True, True, full)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INSTRUCTION', 'DEFAULT_DATE', 'IGNORE_INDEX', 'sources_text', 'chat_messages', 'pin_date', 'template_text',
-           'text_ids', 'TemplateParts', 'template_parts', 'prompt_ids', 'batch_prompt_ids', 'completion_ids',
+           'text_ids', 'TemplateParts', 'template_parts', 'batch_prompt_ids', 'prompt_ids', 'completion_ids',
            'set_eos_and_pad', 'encode_row', 'show_labels', 'encode_rows']
 
 # %% ../nbs/20_formatting.ipynb #c003
@@ -127,15 +127,6 @@ def _prompt_text(title, parts, sources):
     before = parts.before.removesuffix(_TITLE) + sources_text(sources) + _TITLE
     return before + title.strip() + parts.after
 
-def prompt_ids(
-    title:str, # the product's title, any text
-    tokenizer, # of the model
-    parts:TemplateParts, # of its chat template, from `template_parts`
-    sources=(), # similar products, the most similar first, each with `title` and `content`
-)->list[int]: # token ids, complete: the model needs no other
-    "The prompt, up to where the assistant begins to write"
-    return parts.head + text_ids(tokenizer, _prompt_text(title, parts, sources)) + parts.middle
-
 def batch_prompt_ids(
     titles:list[str], # any texts
     tokenizer, # of the model
@@ -146,6 +137,16 @@ def batch_prompt_ids(
     sources = [()]*len(titles) if sources is None else sources
     texts = [_prompt_text(title, parts, own) for title, own in zip(titles, sources, strict=True)]
     return [parts.head + ids + parts.middle for ids in text_ids(tokenizer, texts)] if texts else []
+
+# %% ../nbs/20_formatting.ipynb #d19e2001
+def prompt_ids(
+    title:str, # the product's title, any text
+    tokenizer, # of the model
+    parts:TemplateParts, # of its chat template, from `template_parts`
+    sources=(), # similar products, the most similar first, each with `title` and `content`
+)->list[int]: # token ids, complete: the model needs no other
+    "The prompt, up to where the assistant begins to write"
+    return batch_prompt_ids([title], tokenizer, parts, [sources])[0]
 
 def completion_ids(
     content:str, # the product's description, any text

@@ -230,7 +230,7 @@ def _can_decode(model):
     return not others and (layer_device(model).type == "cpu" or can_copy(model))
 
 # %% ../nbs/50_inference.ipynb #50c13a01
-PROMPTS_PER_CALL = 1024 # of a model with a method `complete`, which tells no text before all are finished
+PROMPTS_PER_CALL = 1024 # of a model with a method `complete`, which gives all texts of a call at its end
 
 def _complete_elsewhere(model, tokenizer, prompts, sampling, noise, progress, on_text):
     "The new tokens of each prompt, by a model with a method `complete`"

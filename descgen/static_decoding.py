@@ -528,6 +528,7 @@ INTERVAL = 8 # tokens of each text between two looks
 def _slots_for(copy, prompts, longest, batch_size, graphs):
     "Slots for some prompts, and how many of them to use; kept ones if they suffice"
     plain, capacity = copy.plain, width_class(max(map(len, prompts)) + longest)
+    graphs = plain.device.type == "cuda" if graphs is None else graphs
     n, kept = min(batch_size, slot_class(len(prompts))), copy.slots
     same_kind = kept and (kept.graphs is not None) == graphs
     if same_kind and kept.n >= n and kept.capacity >= capacity: return kept, n
@@ -556,13 +557,10 @@ def decode_static(
     if not prompts: return []
     with _lock:
         copy = kept_copy(model)
-        device = copy.plain.device
-        graphs = device.type == "cuda" if graphs is None else graphs
         slots, n = _slots_for(copy, prompts, max_new_tokens, batch_size, graphs)
-        texts = Texts(n, max_new_tokens, end, device)
+        texts = Texts(n, max_new_tokens, end, copy.plain.device)
         writing = _Writing(slots, texts, prompts, choose, pad, n, on_text, on_tokens)
         new = _run(writing, interval or INTERVAL)
         _hand_over(writing, lambda: True)
-        if not _keep_slots(slots):
-            copy.slots = None
+        if not _keep_slots(slots): copy.slots = None
     return new

@@ -128,7 +128,7 @@ class _Writing:
     draft:str = "" # generated, not yet verified
     kept:str = "" # verified
     original:str|None = None # the draft with the first version of a sentence that is written again
-    waits:bool = False # a sentence of the first draft is to be written again
+    waits:bool = False # a sentence of the draft is to be written again
     attempts:int = 0 # versions of the present sentence after the first
     rounds:int = 0 # versions of all sentences after their first
     new:list = field(default_factory=list) # parts of the kept text that were not yet streamed
@@ -139,11 +139,10 @@ class _Writing:
     finish_reason:str = "stop" # of the draft
     original_reason:str = "stop" # of the original draft
     prompt:list = () # token ids
-    number:int = 0 # of the title among the titles
+    number:int = 0 # of the draft among those of all titles
     index:object = 0 # key of the random numbers: the title's position, unless it is given
     budget:int = 0 # most tokens of the kept and removed sentences
     count:object = len # number of tokens of a text
-    verified:Verified|None = None # once the text is finished
 
 # %% ../nbs/51_verified.ipynb #c51019
 def _next_sentence(writing, is_complete):
@@ -285,15 +284,16 @@ def _write_again(model, tokenizer, writings, sampling, on_draft=lambda writing: 
         on_draft(writing)
     complete(model, tokenizer, prompts, longest, noise=noise, progress=False, on_text=take)
 
+# %% ../nbs/51_verified.ipynb #d19e5101
 def _begin(tokenizer, titles, parts, sampling, sources, checks, keys=None, prompts=None):
     "The drafts to be written, with their prompts, those of a title one after the other"
-    sources = [()]*len(titles) if sources is None else sources
+    n, sources = checks.drafts, [()]*len(titles) if sources is None else sources
     prompts = prompts or batch_prompt_ids(titles, tokenizer, parts, sources)
     shared = {"budget": sampling.max_new_tokens, "count": lambda text: len(text_ids(tokenizer, text))}
     named = zip(keys or range(len(titles)), titles, sources, prompts, strict=True)
-    return [_Writing(title, own, checks, prompt=prompt, number=number,
+    return [_Writing(title, own, checks, prompt=prompt, number=n*i + draft,
                      index=f"{key} draft {draft}" if draft else key, **shared)
-            for number, (key, title, own, prompt) in enumerate(named) for draft in range(checks.drafts)]
+            for i, (key, title, own, prompt) in enumerate(named) for draft in range(n)]
 
 # %% ../nbs/51_verified.ipynb #a71f9ad6
 def _verify_draft(writing, finish):
@@ -345,6 +345,20 @@ def _best_draft(drafts, title, checks):
     best = drafts[scores.index(max(scores))]
     return replace(best, n_tokens=sum(draft.n_tokens for draft in drafts))
 
+# %% ../nbs/51_verified.ipynb #d19e5103
+def _texts_of_titles(writings, titles, checks, on_text):
+    "A list for the texts of titles, and a function that ends a draft and fills the list"
+    n, drafts, texts = checks.drafts, [None]*len(writings), [None]*len(titles)
+    def finish(writing):
+        "End a draft; if it is the last one of its title, choose the best of them"
+        _finish(writing)
+        drafts[writing.number], i = _result(writing), writing.number//n
+        own = drafts[n*i:n*(i + 1)]
+        if None in own: return
+        texts[i] = _best_draft(own, titles[i], checks)
+        on_text(i, texts[i])
+    return texts, finish
+
 # %% ../nbs/51_verified.ipynb #c51050
 def describe_verified(
     model, # with or without an adapter
@@ -362,15 +376,8 @@ def describe_verified(
 )->list[Verified]: # one per title
     "Describe each title, without unsupported claims"
     writings = _begin(tokenizer, titles, parts or template_parts(tokenizer), sampling, sources, checks, keys, prompts)
-    texts, n, sampled = [None]*len(titles), checks.drafts, replace(sampling, greedy=False)
-    def finish(writing):
-        "Keep the text of a title once all its drafts are verified"
-        _finish(writing)
-        writing.verified, i = _result(writing), writing.number
-        drafts = [draft.verified for draft in writings[n*i:n*(i + 1)]]
-        if None in drafts: return
-        texts[i] = _best_draft(drafts, titles[i], checks)
-        on_text(i, texts[i])
+    texts, finish = _texts_of_titles(writings, titles, checks, on_text)
+    n, sampled = checks.drafts, replace(sampling, greedy=False)
     _write_drafts(writings[::n], model, tokenizer, sampling, keys is not None, progress, finish)
     others = [writing for i, writing in enumerate(writings) if i % n]
     if others: _write_drafts(others, model, tokenizer, sampled, True, progress, finish)
